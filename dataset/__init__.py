@@ -1,0 +1,1 @@
+"""What turns conversations into packed rows of token ids; nothing here knows the model or the training loop."""

@@ -1,0 +1,82 @@
+"""From the data flags of a run to its packed rows: the one call that the trainer makes."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from dataset.demo import write_demo
+from dataset.packing import plan_rows
+from dataset.prepare import DataOptions, prepare, split
+from dataset.rows import PackedRows
+from dataset.store import TokenStore
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What is trained on and what is held out; `identity` changes whenever a resume would see other data."""
+
+    train: PackedRows
+    held_out: PackedRows | None
+    report: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def load_rows(
+    data_path: str,
+    val_data_path: str | None,
+    val_fraction: float,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    options: DataOptions,
+    cache_dir: Path,
+    owner: bool,
+    echo: Callable[[str], None],
+) -> RunData:
+    """Tokenise once (the owner; other processes wait for its files), hold out, and pack. Raises DataError."""
+    if data_path == DEMO:
+        train_path, held_out_path = write_demo(cache_dir / DEMO)
+        data_path, val_data_path = str(train_path), val_data_path or (None if val_fraction else str(held_out_path))
+    store = prepare(data_path, tokenizer, options, cache_dir, owner, echo)
+    if val_fraction:
+        kept, held_out = split(store.num_samples, val_fraction, seed)
+        train, val = _pack(store, kept, options, echo), _pack(store, held_out, options, echo)
+    else:
+        val_store = prepare(val_data_path, tokenizer, options, cache_dir, owner, echo) if val_data_path else None
+        train = _pack(store, None, options, echo)
+        val = _pack(val_store, None, options, echo) if val_store else None
+    report = {"train": _ledger(train), "held_out": _ledger(val) if val else None}
+    identity = {
+        "data": f"{store.fingerprint[:16]}/{train.plan.fingerprint[:16]}",
+        "template": _template_fingerprint(tokenizer)[:16],
+    }
+    return RunData(train, val, report, identity)
+
+
+def _pack(
+    store: TokenStore, samples: np.ndarray | None, options: DataOptions, echo: Callable[[str], None]
+) -> PackedRows:
+    plan = plan_rows(store.lengths if samples is None else store.lengths[samples], options.max_seq_len)
+    echo(
+        f"data: {store.source}: {len(plan.samples)} samples in {plan.num_rows} rows of {options.max_seq_len} tokens, "
+        f"{plan.efficiency:.1%} full"
+    )
+    return PackedRows(store, plan, samples)
+
+
+def _ledger(rows: PackedRows) -> dict[str, Any]:
+    packing = {"samples": len(rows.samples), "rows": len(rows), "packing_efficiency": rows.plan.efficiency}
+    return {**rows.store.report, "packing": packing}
+
+
+def _template_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hash of what turns text into ids: the tokenizer and its chat template."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps([backend, tokenizer.chat_template], sort_keys=True).encode()).hexdigest()

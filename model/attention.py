@@ -1,0 +1,95 @@
+"""Attention that knows document boundaries: one function for the built-in decoder and for transformers' models."""
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+# Since torch 2.12 grouped heads need a flag that 2.11 does not know.
+_VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def document_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    document_lengths: list[int],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention inside each document: q (T, heads, head_dim), k and v (T, kv_heads, head_dim) -> like q.
+
+    `cu_seqlens` int32 (D + 1,) and `document_lengths` (D host integers) say the same boundaries. `scale` defaults to
+    1 / sqrt(head_dim); `window` counts the visible tokens, the query's own included; `softcap` bounds the scores by
+    softcap x tanh(score / softcap); `sinks` (heads,) are scores that take weight and give nothing. No value of one
+    document enters the arithmetic of another.
+    """
+    groups = q.shape[1] // k.shape[1]
+    longest = max(document_lengths)
+    window = None if window is None or window >= longest else window
+    special = softcap is not None or sinks is not None
+    if not special and not dropout and _varlen_applies(q, v):
+        if groups > 1 and not _VARLEN_GROUPS:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        flags = {"enable_gqa": groups > 1} if _VARLEN_GROUPS else {}
+        left = -1 if window is None else window - 1
+        return varlen_attn(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(left, 0), **flags
+        )
+    # split, not slicing: its backward writes one gradient of T tokens instead of one per document.
+    outputs = []
+    for parts in zip(q.split(document_lengths), k.split(document_lengths), v.split(document_lengths), strict=True):
+        one_q, one_k, one_v = (x.transpose(0, 1).unsqueeze(0) for x in parts)
+        if special:
+            output = _written_out(one_q, one_k, one_v, scale, window, softcap, sinks, dropout)
+        else:
+            mask = None if window is None else _visible(one_q.shape[2], window, q.device)
+            output = F.scaled_dot_product_attention(
+                one_q, one_k, one_v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
+            )
+        outputs.append(output.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _varlen_applies(q: Tensor, v: Tensor) -> bool:
+    """Whether the variable-length kernel takes q: half precision on an Ampere or later GPU, head_dim a multiple of 8."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] != v.shape[-1]:
+        return False
+    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys (columns) each query (row) of a document sees."""
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return visible if window is None else visible.triu(1 - window)
+
+
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """One document's attention in plain operations, for what no fused kernel here offers: soft caps and sinks."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_visible(q.shape[2], window, q.device), -torch.inf)
+    if sinks is not None:
+        sink = sinks.float().view(1, -1, 1, 1).expand(-1, -1, q.shape[2], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., : q.shape[2]].to(v.dtype)
+    return F.dropout(weights, dropout) @ v

@@ -1,0 +1,46 @@
+"""The model card: what a stranger who finds the exported directory needs to know."""
+
+from typing import Any
+
+
+def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str, float], step: int) -> str:
+    """README.md of an exported model, from the resolved flags, the token ledger and the last validation."""
+    train = report["train"]
+    base = "trained from scratch" if config["from_weight"] == "none" else f"fine-tuned from `{config['from_weight']}`"
+    rows = [
+        ("samples", train["packing"]["samples"]),
+        ("tokens", train["tokens"]),
+        ("supervised share", f"{train['supervised_share']:.1%}"),
+        ("steps", step),
+        ("rows per step", f"{config['global_batch_size']} of {config['max_seq_len']} tokens"),
+        ("peak learning rate", config["learning_rate"]),
+        ("arithmetic", config["dtype"]),
+        ("seed", config["seed"]),
+        *((name.replace("/", " ").replace("_", " "), f"{value:.4f}") for name, value in results.items()),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# A chat model, {base}
+
+Supervised fine-tuning on the assistant turns of `{train["path"]}`.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "Hello"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**prompt, max_new_tokens=64)
+print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""

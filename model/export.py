@@ -1,0 +1,160 @@
+"""Writes a model as a directory that transformers, and what reads its layout, opens without this project."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from model.decoder import Decoder, DecoderConfig
+from model.loading import HFCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+def export_model(
+    directory: str | Path,
+    model: Decoder | HFCausalLM,
+    tokenizer: "str | Path | PreTrainedTokenizerFast",
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+    card: str = "",
+) -> None:
+    """Publish `model` with its tokenizer as a Hugging Face directory; a reader sees the old one or the new one, whole.
+
+    `state_dict` replaces the model's own weights (gathered from shards, or averaged). `tokenizer` is a
+    directory, whose files are copied as they are, or a loaded tokenizer. `card` is the text of README.md.
+    """
+    directory = Path(directory).absolute()
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    draft = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        _write_tokenizer(tokenizer, draft)
+        if isinstance(model, Decoder):
+            _write_decoder(draft, model.config, state_dict, dtype)
+        else:
+            _write_transformers(draft, model, state_dict, dtype)
+        (draft / "README.md").write_text(card, encoding="utf-8")
+        _publish(draft, directory)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def config_json(config: DecoderConfig, special: dict[str, int | None], dtype: torch.dtype) -> dict:
+    """The config.json of a decoder as LlamaForCausalLM, in the words of transformers 5 and, where they differ, of 4 too."""
+    shape = {name: value for name, value in asdict(config).items() if name != "dropout"}
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **shape,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+        "use_cache": True,
+        **special,
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
+    }
+
+
+def _write_decoder(draft: Path, config: DecoderConfig, state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:
+    special = _special_ids(draft)
+    _write_json(draft / "config.json", config_json(config, special, dtype))
+    _write_json(draft / "generation_config.json", {**special, "do_sample": False})
+    skipped = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    weights = {n: t.detach().to("cpu", dtype).contiguous() for n, t in state_dict.items() if n not in skipped}
+    save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_transformers(draft: Path, model: HFCausalLM, state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:
+    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in state_dict.items()}
+    model.inner.save_pretrained(draft, state_dict=weights)
+    config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
+    # transformers 4 looks for these at the top level; transformers 5 writes them elsewhere or under another name.
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(draft / "config.json", config)
+
+
+def _write_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerFast", target: Path) -> None:
+    if isinstance(tokenizer, str | Path):
+        if not (Path(tokenizer) / "tokenizer.json").is_file():
+            raise ValueError(f"{tokenizer} has no tokenizer.json")
+        for name in TOKENIZER_FILES:
+            if (Path(tokenizer) / name).is_file():
+                shutil.copyfile(Path(tokenizer) / name, target / name)
+    else:
+        tokenizer.save_pretrained(target)
+    config_file = target / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    # transformers 5 writes a class name that 4.57 does not have.
+    if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_json(config_file, config)
+
+
+def _special_ids(directory: Path) -> dict[str, int | None]:
+    """The ids of the bos, eos and pad tokens that the tokenizer files in a directory name; null where they name none."""
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    ids: dict[str, int | None] = {}
+    for kind in ("bos_token", "eos_token", "pad_token"):
+        token = config.get(kind)
+        token = token["content"] if isinstance(token, dict) else token
+        ids[f"{kind}_id"] = None if token is None else tokenizer.token_to_id(token)
+    return ids
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _publish(draft: Path, directory: Path) -> None:
+    """Flush a draft to the disk and give it its name; an earlier directory of that name steps aside, then goes."""
+    for path in sorted(draft.rglob("*")):
+        if path.is_file():
+            path.chmod(0o644)
+            _fsync(path)
+    _fsync(draft)
+    previous = directory.with_name(f".old-{directory.name}-{os.getpid()}")
+    if directory.exists():
+        directory.rename(previous)
+    draft.rename(directory)
+    _fsync(directory.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

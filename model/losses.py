@@ -1,0 +1,58 @@
+"""From states at supervised positions to sums of loss terms: the chunked head and the objectives made of terms."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# (logits (s, V), slice of the batch's targets that they belong to) -> sums over those s positions.
+Terms = Callable[[Tensor, slice], dict[str, Tensor]]
+Objective = Callable[[nn.Module, dict], dict[str, Tensor]]
+
+# Logit elements alive at once. Above it the logits are made chunk by chunk and remade in the backward pass, which costs
+# one more multiplication by the head and keeps memory flat; at 2^26 a chunk's float32 logits are 256 MiB.
+MAX_LOGITS = 2**26
+
+
+def supervised_terms(
+    states: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, terms: Terms
+) -> dict[str, Tensor]:
+    """Add up `terms` over chunks of states (S, hidden), S = 0 included; the logits of all positions never exist at once."""
+    rows = max(1, MAX_LOGITS // vocab_size)
+    count = states.shape[0]
+    if count <= rows:
+        return terms(head(states), slice(0, count))
+
+    def chunk_terms(start: int) -> dict[str, Tensor]:
+        chunk = slice(start, min(start + rows, count))
+        return checkpoint(lambda x: terms(head(x), chunk), states[chunk], use_reentrant=False)
+
+    parts = [chunk_terms(start) for start in range(0, count, rows)]
+    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+
+
+def make_sft_objective(label_smoothing: float = 0.0) -> Objective:
+    """An objective returning {"ce": summed token losses in nats, "correct": count of tokens ranked first, no gradient}.
+
+    The cross entropy is computed in float32 (float64 for a float64 model), also under autocast.
+    """
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+
+    def objective(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        targets = batch["targets"]
+
+        def terms(logits: Tensor, positions: slice) -> dict[str, Tensor]:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            expected = targets[positions]
+            ce = F.cross_entropy(logits, expected, reduction="sum", label_smoothing=label_smoothing)
+            return {"ce": ce, "correct": (logits.detach().argmax(-1) == expected).sum()}
+
+        return model(batch, terms)
+
+    return objective
+
+
+sft_objective = make_sft_objective()

@@ -1,0 +1,92 @@
+"""Trains the byte-level BPE of model/tokenizer on the demo data and on given texts.
+
+The merges are learnt with every digit a word of its own, so that arithmetic always sees single digits; the saved file names
+the plain byte-level split instead. Both cut the training text into the same tokens, because no merge holds a digit, and
+the plain one is what other runtimes know as the "gpt-2" pre-tokenizer.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dataset.demo import training_conversations
+
+CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # padding, start of a turn, end of a turn
+TAG_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+MODEL_MAX_LENGTH = 32768  # tokens; only a warning threshold of transformers, the model sets the true limit
+
+
+def demo_texts() -> Iterator[str]:
+    for row in training_conversations():
+        for message in row["messages"]:
+            yield message["content"]
+
+
+def file_texts(path: Path) -> Iterator[str]:
+    """The lines of a text file; of a .jsonl file the strings of each row, anything deeper as JSON."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if path.suffix != ".jsonl":
+                yield line
+                continue
+            for value in json.loads(line).values():
+                yield value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of exactly vocab_size entries: control tokens, tags, 256 bytes, merges; ValueError if the text is too small."""
+    tokenizer = Tokenizer(models.BPE())
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=CONTROL_TOKENS + TAG_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(f"--vocab_size {vocab_size}: the text yields only {tokenizer.get_vocab_size()} entries")
+    learnt = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    shipped = Tokenizer(models.BPE(vocab=learnt["vocab"], merges=merges))
+    shipped.pre_tokenizer = plain
+    shipped.decoder = decoders.ByteLevel()
+    shipped.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL_TOKENS])
+    # Not special, so that decoding for a reader keeps a tool call and the reasoning in sight.
+    shipped.add_tokens([AddedToken(token, normalized=False, special=False) for token in TAG_TOKENS])
+    return shipped
+
+
+def save(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json; the chat template beside them is written by hand."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": MODEL_MAX_LENGTH,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "right",
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train the byte-level BPE tokenizer on the demo data and given texts.")
+    parser.add_argument("--text", nargs="*", type=Path, default=[], help="text files (one paragraph per line) or .jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="directory for tokenizer.json and tokenizer_config.json")
+    parser.add_argument("--vocab_size", type=int, default=6400, help="entries, special tokens and bytes included")
+    options = parser.parse_args(arguments)
+    texts = (text for source in [demo_texts(), *map(file_texts, options.text)] for text in source)
+    tokenizer = train(texts, options.vocab_size)
+    save(tokenizer, options.out)
+    print(f"{options.out / 'tokenizer.json'}: {tokenizer.get_vocab_size()} entries")
+
+
+if __name__ == "__main__":
+    main()

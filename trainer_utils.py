@@ -1,0 +1,319 @@
+"""Whatever needs the process group: processes and reductions, DDP, the order of rows over ranks, the checkpoint helper.
+
+The gradient exchange sums in an order that depends on where a parameter lies in DDP's buckets, and DDP lays its buckets
+out anew after the first backward pass. A resumed run would therefore differ in the last bit from 3 processes on; one
+throwaway backward pass where the model is wrapped settles the layout before the first step of every start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import logging
+import os
+import random
+import resource
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler, Sampler
+
+logger = logging.getLogger(__name__)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Processes
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others; one process alone needs no group."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    host_group: Any = None  # gloo beside NCCL, so that agreeing on host numbers never waits for the GPU
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_ints(self, values: Sequence[int]) -> list[int]:
+        """Sum over ranks of whole numbers that live on the host: exact, whatever the order of additions."""
+        return self._reduced(torch.tensor(values, dtype=torch.int64))
+
+    def sum_floats(self, values: Sequence[float]) -> list[float]:
+        return self._reduced(torch.tensor(values, dtype=torch.float64))
+
+    def _reduced(self, values: Tensor) -> list:
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.host_group)
+        return values.tolist()
+
+    def from_main(self, value: int) -> int:
+        """The number that rank 0 has."""
+        return self.sum_ints([value if self.is_main else 0])[0]
+
+
+def environment_rank() -> tuple[int, int, int]:
+    """Global rank, rank on this node and world size as torchrun sets them; (0, 0, 1) without torchrun."""
+    return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # type: ignore[return-value]
+
+
+def start_processes(device: str, timeout_seconds: float) -> Processes:
+    """Join the process group that torchrun describes: NCCL on CUDA, gloo on CPU. `device` is auto, cpu or cuda."""
+    rank, local_rank, world_size = environment_rank()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node: rank {local_rank} of this node has no GPU, there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+    place = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if world_size == 1:
+        return Processes(rank, local_rank, world_size, place)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout, device_id=place if use_cuda else None)
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
+    return Processes(rank, local_rank, world_size, place, host_group)
+
+
+def close_processes(processes: Processes) -> None:
+    if processes.world_size > 1:
+        dist.destroy_process_group()
+
+
+def setup_logging(rank: int) -> None:
+    """Plain lines on standard error: everything from rank 0, warnings with their rank from the others."""
+    prefix = "" if rank == 0 else f"[rank {rank} on {socket.gethostname()}] "
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format=f"{prefix}%(message)s", force=True)
+    for noisy in ("httpx", "urllib3", "filelock", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 63-bit seed from its parts; unlike their sum, no two combinations share one."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_everything(*parts: int | str) -> None:
+    """Seed python's and torch's generators (all devices) from the parts."""
+    seed = derived_seed(*parts)
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on the device; what is no tensor stays on the host."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def device_name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that this process has held: of the GPU, or resident where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def use_deterministic_kernels() -> None:
+    """Only kernels that give the same bits every time; one without such a version raises an error naming itself."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Parallel model
+
+
+def parallelize(model: nn.Module, processes: Processes, zero_loss: Callable[[nn.Module], Tensor]) -> nn.Module:
+    """Wrap for gradient exchange. `zero_loss(model)` runs one forward pass that touches every parameter and returns 0."""
+    if processes.world_size == 1:
+        return model
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    zero_loss(wrapped).backward()  # the bucket layout settles here, see the module docstring
+    wrapped.zero_grad(set_to_none=True)
+    return wrapped
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
+    """Exchange gradients in the backward pass of this block, or only add them up locally."""
+    return contextlib.nullcontext() if enabled or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Order of rows
+
+
+class RowSampler(DistributedSampler):
+    """The rows of one epoch that belong to this rank, as a pure function of (seed, epoch).
+
+    An epoch is cut into windows of `window_rows` global rows, one per step. Rank r takes every world_size-th row of a
+    window from the r-th on and is filled up with -1 (a fully masked row) to `slots`, so that every rank has
+    the same number of micro-batches and every row is trained exactly once at any world size. `offset` rows at the
+    start of the epoch have been trained before under another window size and are left out.
+    """
+
+    def __init__(
+        self, num_rows: int, *, rank: int, world_size: int, window_rows: int, slots: int, seed: int = 0, shuffle: bool = True
+    ):
+        super().__init__(range(num_rows), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        assert world_size * slots >= window_rows, (world_size, slots, window_rows)
+        self.num_rows, self.window_rows, self.slots, self.offset = num_rows, window_rows, slots, 0
+
+    def order(self) -> list[int]:
+        """All rows of the epoch in global order, the same on every rank."""
+        if not self.shuffle:
+            return list(range(self.num_rows))
+        generator = torch.Generator().manual_seed(derived_seed("order", self.seed, self.epoch))
+        return torch.randperm(self.num_rows, generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return -(-(self.num_rows - self.offset) // self.window_rows) * self.slots
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.order()[self.offset :]
+        for start in range(0, len(order), self.window_rows):
+            mine = order[start : start + self.window_rows][self.rank :: self.num_replicas]
+            yield from mine
+            yield from [-1] * (self.slots - len(mine))
+
+
+class SkipBatchSampler(Sampler[list[int]]):
+    """Batches of `batch_size` from a sampler without the first `skip_batches`: indices are skipped, data is never read."""
+
+    def __init__(self, sampler: Sampler[int] | Sequence[int], batch_size: int, skip_batches: int = 0):
+        self.sampler, self.batch_size, self.skip_batches = sampler, batch_size, skip_batches
+
+    def __len__(self) -> int:
+        return max(0, -(-len(self.sampler) // self.batch_size) - self.skip_batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch: list[int] = []
+        skipped = 0
+        for index in self.sampler:
+            batch.append(index)
+            if len(batch) == self.batch_size:
+                skipped += 1
+                if skipped > self.skip_batches:
+                    yield batch
+                batch = []
+        if batch and skipped >= self.skip_batches:
+            yield batch
+
+
+def micro_batches_per_step(window_rows: int, world_size: int, batch_size: int) -> int:
+    """Micro-batches that each rank needs for a step of `window_rows` global rows."""
+    return -(-window_rows // (world_size * batch_size))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Checkpoint helper
+
+
+class Store(Protocol):
+    """What the helper needs of the directory of checkpoints; training/checkpoints.py has it."""
+
+    def newest_verified(self, warn: Callable[[str], None]) -> Path | None: ...
+    def verified(self, path: Path) -> Path: ...
+    def begin(self, step: int) -> Path: ...
+    def temporary(self, step: int) -> Path: ...
+    def publish(self, step: int) -> Path: ...
+    def abandon(self, step: int) -> None: ...
+    def path(self, step: int) -> Path: ...
+
+
+MODEL_FILE = "model-00001-of-00001.safetensors"
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer-00001-of-00001.safetensors"
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; a tensor that two names share (a tied head) stands once, under the first."""
+    seen: set[int] = set()
+    weights = {}
+    for name, tensor in unwrap(model).state_dict().items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            seen.add(tensor.data_ptr())
+            weights[name] = tensor.detach().contiguous()
+    return weights
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state as `parameter name:state name`, so that it survives another order of parameters."""
+    return {
+        f"{name}:{key}": value.detach().contiguous()
+        for name, parameter in unwrap(model).named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def save_checkpoint(
+    store: Store,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trainer_state: dict[str, Any],
+    processes: Processes,
+) -> None:
+    """Write weights, optimizer and trainer state and publish them; all ranks call it. Raises OSError on every rank alike."""
+    problem: OSError | None = None
+    if processes.is_main:
+        try:
+            directory = store.begin(step)
+            save_file(weights_of(model), directory / MODEL_FILE)
+            save_file(optimizer_tensors(model, optimizer), directory / OPTIMIZER_FILE)
+            (directory / STATE_FILE).write_text(json.dumps(trainer_state, indent=1, allow_nan=False), encoding="utf-8")
+            store.publish(step)
+        except OSError as error:
+            problem = error
+            store.abandon(step)
+    if processes.from_main(int(problem is not None)):
+        raise problem or OSError(f"rank 0 could not save step {step}")
+
+
+def find_checkpoint(wanted: str, store: Store, processes: Processes) -> Path | None:
+    """The checkpoint to continue from: `wanted` is a path, or 1 for the newest good one. Rank 0 verifies it for all."""
+    if wanted in ("0", "1"):
+        newest = store.newest_verified(warn=logger.warning) if processes.is_main else None
+        step = processes.from_main(int(newest.name.removeprefix("step-")) if newest else -1)
+        return store.path(step) if step >= 0 else None
+    if processes.is_main:
+        store.verified(Path(wanted))
+    processes.from_main(0)  # nobody reads before it is verified
+    return Path(wanted)
+
+
+def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put verified weights and optimizer state in place. Raises ValueError where names or shapes do not fit."""
+    bare = unwrap(model)
+    weights = load_file(directory / MODEL_FILE)
+    expected = {name: tensor.shape for name, tensor in weights_of(bare).items()}
+    if expected != (found := {name: tensor.shape for name, tensor in weights.items()}):
+        differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        raise ValueError(f"{directory / MODEL_FILE}: does not fit this model, first difference: {differing[0]}")
+    bare.load_state_dict(weights, strict=False)
+    parameters = dict(bare.named_parameters())
+    for full_name, value in load_file(directory / OPTIMIZER_FILE).items():
+        name, key = full_name.rsplit(":", 1)
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)

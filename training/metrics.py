@@ -1,0 +1,95 @@
+"""metrics.jsonl, the truth about a run, and the sinks that follow it.
+
+A sink that fails is reported once and dropped: training never dies of its reporting.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+def strict(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with non-finite floats as null plus a list of their keys: strict JSON has no NaN."""
+    bad = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+    return {**record, **dict.fromkeys(bad), "non_finite": bad} if bad else record
+
+
+class Sink(Protocol):
+    def log(self, record: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class WandbSink:
+    """Weights & Biases; the id is ours and comes back on resume, since offline mode would not remember it."""
+
+    def __init__(self, project: str, run_id: str, directory: Path, config: dict[str, Any]):
+        import wandb
+
+        self.run = wandb.init(
+            project=project, id=run_id, name=directory.name, resume="allow", dir=str(directory), config=config,
+            settings=wandb.Settings(silent=True),
+        )  # fmt: skip
+
+    def log(self, record: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in record.items() if "/" in k and v is not None}
+        if numbers:
+            self.run.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish(quiet=True)
+
+
+class MetricsLog:
+    """metrics.jsonl: one record per event, appended and flushed; `start` cuts it back to the step that a run resumes at."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.sinks: list[Sink] = []
+
+    def start(self, step: int) -> None:
+        """Keep the records up to `step`, so that no step stands twice after a resume."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read_records(self.path) if r["step"] <= step] if self.path.exists() else []
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        record = strict({"step": step, "time": time.time(), "kind": kind, **values})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+        for sink in list(self.sinks):
+            self._guarded(sink, lambda sink=sink: sink.log(record))
+
+    def close(self) -> None:
+        for sink in list(self.sinks):
+            self._guarded(sink, sink.close)
+
+    def _guarded(self, sink: Sink, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # a sink is a stranger's code; whatever it raises must not end the run
+            self.sinks.remove(sink)
+            logger.warning("%s failed and is dropped: %s", type(sink).__name__, error)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

@@ -1,0 +1,201 @@
+"""What a run says while it runs: state.json, the lines on screen, the records of steps and epochs. Rank 0 alone speaks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from training.metrics import MetricsLog, strict
+from training.plan import Plan
+from training.state import LoopState
+
+logger = logging.getLogger("train")
+
+# Dense bf16 peaks in FLOP/s, from the vendors' data sheets; the first name found in the device's name counts.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+
+
+def peak_flops(device_name: str, devices: int) -> float | None:
+    """FLOP/s that this many devices could do at best; None for a device whose peak is not known here."""
+    return next((peak * devices for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+class StateFile:
+    """state.json: what the run is doing, replaced atomically, at most once a second unless the status changes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.values: dict[str, Any] = {"status": "pending", "pid": os.getpid(), "host": socket.gethostname()}
+        self._written_at = 0.0
+
+    def update(self, **values: Any) -> None:
+        now = time.time()
+        due = values.get("status", self.values["status"]) != self.values["status"] or now - self._written_at >= 1.0
+        self.values.update(values, updated_at=now)
+        if due:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_name(f".{self.path.name}.tmp")
+            temporary.write_text(json.dumps(strict(self.values), indent=1, allow_nan=False), encoding="utf-8")
+            os.replace(temporary, self.path)
+            self._written_at = now
+
+
+class Meter:
+    """Throughput since the last log: tokens over all ranks, and how long this rank waited for data."""
+
+    def __init__(self) -> None:
+        self.epoch_started = time.perf_counter()
+        self.reset()
+
+    def reset(self) -> None:
+        self.started, self.waited, self.steps, self.tokens, self.supervised = time.perf_counter(), 0.0, 0, 0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - started
+
+    def epoch_seconds(self) -> float:
+        return time.perf_counter() - self.epoch_started
+
+    def count(self, tokens: int, supervised: int) -> None:
+        self.steps, self.tokens, self.supervised = self.steps + 1, self.tokens + tokens, self.supervised + supervised
+
+    def rates(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        return {
+            "train/tokens_per_second": self.tokens / seconds,
+            "train/supervised_tokens_per_second": self.supervised / seconds,
+            "train/seconds_per_step": seconds / max(self.steps, 1),
+            "train/data_wait_share": self.waited / seconds,
+        }
+
+
+def duration(seconds: float) -> str:
+    """A span of time as a person writes it: 45s, 3m20s, 2h05m."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total_steps: int, first_step: int):
+        self.bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def line(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            logger.info(text)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class RunRecords:
+    """The one place that the loop reports to; every method may be called on every rank and acts on rank 0."""
+
+    def __init__(self, save_dir: Path, is_main: bool):
+        self.is_main = is_main
+        self.metrics = MetricsLog(save_dir / "metrics.jsonl")
+        self.state_file = StateFile(save_dir / "state.json")
+        self.progress: Progress | None = None
+        self.flops_per_token = (0.0, 0.0)  # of an input token, of a supervised token
+        self.peak_flops: float | None = None
+        self.last_eval: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def running(self, state: LoopState, plan: Plan) -> Iterator[None]:
+        """Cut the records back to the step that the run starts from; say so when the block ends with an error."""
+        if self.is_main:
+            self.metrics.start(state.step)
+            self.progress = Progress(plan.total_steps, state.step)
+            self.state_file.update(status="running", started_at=time.time(), **self._position(state, plan))
+        try:
+            yield
+        except BaseException as error:
+            self.close("failed", f"{type(error).__name__}: {error}")
+            raise
+
+    def log_step(self, state: LoopState, plan: Plan, values: dict[str, float], meter: Meter) -> None:
+        rates = meter.rates()
+        meter.reset()
+        if not self.is_main or self.progress is None:
+            return
+        if self.peak_flops:
+            body, head = self.flops_per_token
+            done = body * rates["train/tokens_per_second"] + head * rates["train/supervised_tokens_per_second"]
+            rates["train/mfu"] = done / self.peak_flops
+        eta = (plan.total_steps - state.step) * rates["train/seconds_per_step"]
+        epoch_eta = -(-(plan.num_rows - state.rows) // plan.window_rows) * rates["train/seconds_per_step"]
+        counts = {"train/tokens": state.tokens, "train/supervised_tokens": state.supervised_tokens}
+        counts |= {"train/epoch": state.step / plan.steps_per_epoch, "train/overflows": state.overflows}
+        times = {"eta_seconds": eta, "epoch_eta_seconds": epoch_eta}
+        self.metrics.write("train", state.step, **values, **counts, **rates, **times)
+        self.progress.line(
+            f"epoch {state.epoch + 1}/{plan.epochs}  step {state.step}/{plan.total_steps}  "
+            f"loss {values.get('train/loss', math.nan):.4f}  lr {values['train/learning_rate']:.2e}  "
+            f"norm {values['train/grad_norm']:.2f}  {rates['train/tokens_per_second']:,.0f} tokens/s  "
+            f"epoch eta {duration(epoch_eta)}  eta {duration(eta)}"
+        )
+
+    def log_eval(self, state: LoopState, values: dict[str, float]) -> None:
+        self.last_eval = values
+        if self.is_main and self.progress is not None:
+            self.metrics.write("eval", state.step, **values)
+            words = [f"{name.removeprefix('eval/').replace('_', ' ')} {value:.4f}" for name, value in values.items()]
+            self.progress.line(f"held-out data after step {state.step}:  {'  '.join(words)}")
+
+    def log_epoch(self, state: LoopState, values: dict[str, float], meter: Meter, memory_bytes: int) -> None:
+        if self.is_main:
+            self.metrics.write(
+                "epoch", state.step, epoch=state.epoch + 1, stage=0, mini_epoch=state.epoch + 1,
+                train_loss=values.get("train/loss"), train_accuracy=values.get("train/token_accuracy"),
+                val_loss=values.get("eval/loss"), val_accuracy=values.get("eval/token_accuracy"),
+                learning_rate=values["train/learning_rate"], time_per_epoch=meter.epoch_seconds(),
+                memory_usage=memory_bytes, gpu_utilization=None,
+            )  # fmt: skip
+
+    def event(self, step: int, event: str, **values: Any) -> None:
+        if self.is_main:
+            self.metrics.write("event", step, event=event, **values)
+
+    def step_done(self, state: LoopState, plan: Plan) -> None:
+        if self.is_main and self.progress is not None:
+            self.progress.advance()
+            self.state_file.update(**self._position(state, plan))
+
+    def close(self, status: str, exit_reason: str) -> None:
+        if self.is_main:
+            self.state_file.update(status=status, exit_reason=exit_reason)
+            self.metrics.close()
+            if self.progress is not None:
+                self.progress.close()
+
+    @staticmethod
+    def _position(state: LoopState, plan: Plan) -> dict[str, Any]:
+        return {"step": state.step, "total_steps": plan.total_steps, "epoch": state.epoch, "stage": 0}
