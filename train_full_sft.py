@@ -133,7 +133,7 @@ def train_step(learner: Learner, window: list[Batch], step: int, lr: float, supe
             sums.add(terms, supervised=len(batch["targets"]), tokens=len(batch["input_ids"]))
 
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(unwrap(learner.model).parameters(), learner.grad_clip or math.inf).item()
+    norm = nn.utils.clip_grad_norm_(learner.model.parameters(), learner.grad_clip or math.inf).item()
     if math.isfinite(norm):
         scaler.step(optimizer)
     scaler.update()
@@ -270,13 +270,13 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     body, head = model.parameter_counts()
     objective = objective or make_sft_objective(config.label_smoothing)
     filler = to_device(collate([data.train[FILLER]]), processes.device)
-    model = parallelize(model.train(), processes, zero_loss=lambda wrapped: objective(wrapped, filler)["ce"])
+    parallel = parallelize(model.train(), processes, zero_loss=lambda wrapped: objective(wrapped, filler)["ce"])
 
     # 4. Optimizer
-    optimizer = make_optimizer(unwrap(model), config)
+    optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == "float16")
     learner = Learner(
-        model, optimizer, scaler, objective, processes, getattr(torch, dtype), config.grad_clip, config.seed
+        parallel, optimizer, scaler, objective, processes, getattr(torch, dtype), config.grad_clip, config.seed
     )
 
     # 5. Resume
@@ -367,7 +367,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         # 8. Close
         if reason is None and processes.is_main:
             card = model_card(asdict(resolved), data.report, records.last_eval, state.step)
-            export_model(save_dir / "final", unwrap(model), tokenizer_dir, dtype=getattr(torch, config.export_dtype), card=card)
+            export_model(save_dir / "final", model, tokenizer_dir, dtype=getattr(torch, config.export_dtype), card=card)
             logger.info("the model is in %s; talk to it: python -m scripts.chat %s", save_dir / "final", save_dir / "final")
         records.close("stopped" if reason else "completed", reason or "all steps done")
     close_processes(processes)

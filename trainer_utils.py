@@ -146,7 +146,7 @@ def parallelize(model: nn.Module, processes: Processes, zero_loss: Callable[[nn.
     """Wrap for gradient exchange. `zero_loss(model)` runs one forward pass that touches every parameter and returns 0."""
     if processes.world_size == 1:
         return model
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     zero_loss(wrapped).backward()  # the bucket layout settles here, see the module docstring
     wrapped.zero_grad(set_to_none=True)
     return wrapped
@@ -252,7 +252,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; a tensor that two names share (a tied head) stands once, under the first."""
     seen: set[int] = set()
     weights = {}
-    for name, tensor in unwrap(model).state_dict().items():
+    for name, tensor in model.state_dict().items():
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
             seen.add(tensor.data_ptr())
             weights[name] = tensor.detach().contiguous()
@@ -263,7 +263,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """Optimizer state as `parameter name:state name`, so that it survives another order of parameters."""
     return {
         f"{name}:{key}": value.detach().contiguous()
-        for name, parameter in unwrap(model).named_parameters()
+        for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
@@ -306,14 +306,13 @@ def find_checkpoint(wanted: str, store: Store, processes: Processes) -> Path | N
 
 def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put verified weights and optimizer state in place. Raises ValueError where names or shapes do not fit."""
-    bare = unwrap(model)
     weights = load_file(directory / MODEL_FILE)
-    expected = {name: tensor.shape for name, tensor in weights_of(bare).items()}
+    expected = {name: tensor.shape for name, tensor in weights_of(model).items()}
     if expected != (found := {name: tensor.shape for name, tensor in weights.items()}):
         differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         raise ValueError(f"{directory / MODEL_FILE}: does not fit this model, first difference: {differing[0]}")
-    bare.load_state_dict(weights, strict=False)
-    parameters = dict(bare.named_parameters())
+    model.load_state_dict(weights, strict=False)
+    parameters = dict(model.named_parameters())
     for full_name, value in load_file(directory / OPTIMIZER_FILE).items():
         name, key = full_name.rsplit(":", 1)
         optimizer.state[parameters[name]][key] = value.to(parameters[name].device)

@@ -1,7 +1,7 @@
 """Conversations to token ids and their loss mask, through the tokenizer's own chat template.
 
 The mask is right by construction. The template renders the messages up to each assistant turn, and what it adds from
-the generation prompt to the end-of-turn token is what the model will have to write, so exactly that is supervised. No
+the generation prompt to the end-of-turn token is what the model will have to write: exactly that is supervised. No
 marker is searched for in the user's text: what spells a control token there is hidden from the template behind private
 characters and encoded as plain text afterwards. Prompt and answer are encoded apart, as generation would meet them.
 """
@@ -19,117 +19,80 @@ from transformers import PreTrainedTokenizerFast
 from dataset.reader import Conversation, Message, RowError
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
-PRIVATE_USE = range(0xF0000, 0x10FFFE)  # planes 15 and 16: assigned to nobody, so a template has no opinion on them
+PRIVATE_USE = range(0xF0000, 0x10FFFE)  # planes 15 and 16: they mean nothing, so a template has no opinion on them
 
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of rendered text that is supervised as a whole or not at all."""
-
-    text: str
-    supervised: bool
+Tools = list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A conversation as alternating segments, the last one supervised; `spelled` maps stand-ins to what they hide."""
+    """A conversation as text, cut into (text, supervised) stretches; `spelled` maps stand-ins to what they hide."""
 
-    segments: list[Segment]
+    stretches: list[tuple[str, bool]]
     spelled: dict[str, str]
 
 
-Sample = tuple[np.ndarray, np.ndarray]  # token ids int64 (L,), supervised bool (L,)
+@dataclass(frozen=True)
+class Sample:
+    """A conversation as tokens, up to its last supervised one, and the control tokens that its text spells."""
+
+    ids: np.ndarray  # int64 (L,)
+    supervised: np.ndarray  # bool (L,)
+    spelled: tuple[str, ...] = ()
 
 
 class ChatRenderer:
     """Renders and encodes conversations for one tokenizer; raises ValueError for a tokenizer that cannot serve."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        if tokenizer.chat_template is None:
-            raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template")
-        if tokenizer.eos_token is None:
-            raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token")
+        for needed in ("chat_template", "eos_token"):
+            if getattr(tokenizer, needed) is None:
+                raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no {needed}")
         self._tokenizer = tokenizer
-        self._set_control_tokens()
+        self._learn_control_tokens()
         self._check_pieces()
         self.end_of_turn = self._find_end_of_turn()
-        self.end_of_turn_id: int = self._ids_of_controls[self.end_of_turn]
 
-    def render(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> Sample:
-        """Returns ids (L,) and supervised mask (L,) of one conversation; raises RowError when there is no right mask."""
-        sample = next(self.encode([self.segments(messages, tools)]))
+    def render(self, messages: list[Message], tools: Tools = None) -> Sample:
+        """Renders one conversation; raises RowError when there is no right mask for it."""
+        (sample,) = self.render_batch([Conversation(0, messages, tools)])
         if isinstance(sample, RowError):
             raise sample
         return sample
 
-    def render_batch(self, conversations: Sequence[Conversation]) -> list[tuple[Sample, list[str]] | RowError]:
-        """Renders many conversations at once; for each its sample and the control tokens that its text spells."""
-        results: list[Any] = []
+    def render_batch(self, conversations: Sequence[Conversation]) -> list[Sample | RowError]:
+        """Renders many conversations, each to its sample or to the reason why there is none."""
+        chats: list[RenderedChat | RowError] = []
         for conversation in conversations:
             try:
-                results.append(self.segments(conversation.messages, conversation.tools))
+                chats.append(self.render_text(conversation.messages, conversation.tools))
             except RowError as error:
-                results.append(error)
-        chats = [result for result in results if isinstance(result, RenderedChat)]
-        samples = self.encode(chats)
-        for index, chat in enumerate(results):
-            if isinstance(chat, RenderedChat):
-                sample = next(samples)
-                results[index] = sample if isinstance(sample, RowError) else (sample, list(chat.spelled.values()))
-        return results
+                chats.append(error)
+        samples = self._encode([chat for chat in chats if isinstance(chat, RenderedChat)])
+        return [next(samples) if isinstance(chat, RenderedChat) else chat for chat in chats]
 
-    def segments(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> RenderedChat:
-        """Renders a conversation up to the end of its last assistant turn, cut where supervision begins and ends."""
+    def render_text(self, messages: list[Message], tools: Tools = None) -> RenderedChat:
+        """Renders a conversation up to its last assistant turn and cuts it where supervision begins and ends."""
         messages, tools, spelled = self._hide_spelled(messages, tools)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         whole = self._apply(messages[: turns[-1] + 1], tools)
-        segments, done = [], 0
+        stretches, done = [], 0
         for turn in turns:
-            prompt = self._prefix(messages[:turn], tools, whole, generation_prompt=True)
-            # Without the bound, a turn that the template leaves open would reach into the next message.
-            upto = self._prefix(messages[: turn + 1], tools, whole) if turn != turns[-1] else whole
-            end = whole.find(self.end_of_turn, len(prompt), len(upto))
+            start = self._prefix_length(messages[:turn], tools, whole, generation_prompt=True)
+            # Without this bound, a turn that the template leaves open would reach into the next message.
+            bound = self._prefix_length(messages[: turn + 1], tools, whole) if turn != turns[-1] else len(whole)
+            end = whole.find(self.end_of_turn, start, bound)
             if end < 0:
-                problem = f"the template does not end message {turn} with {self.end_of_turn!r}"
-                raise RowError("NO_END_OF_TURN", problem)
+                raise RowError("NO_END_OF_TURN", f"the template does not end message {turn} with {self.end_of_turn!r}")
             end += len(self.end_of_turn)
-            segments += [Segment(whole[done : len(prompt)], False), Segment(whole[len(prompt) : end], True)]
+            stretches += [(whole[done:start], False), (whole[start:end], True)]
             done = end
-        self._check_stand_ins(whole, spelled)
-        return RenderedChat(segments, spelled)
+        for stand_in, token in spelled.items():
+            if any(escaped in whole for escaped in (json.dumps(stand_in)[1:-1], repr(stand_in)[1:-1])):
+                raise RowError("SPECIAL_TEXT", f"the template escapes characters next to {token!r} in the text")
+        return RenderedChat(stretches, spelled)
 
-    def encode(self, chats: Sequence[RenderedChat]) -> Iterator[Sample | RowError]:
-        """Yields ids and mask of each chat, or the reason why its text does not survive as text."""
-        pieces = [list(self._pieces(segment.text, chat.spelled)) for chat in chats for segment in chat.segments]
-        ordinary = iter(
-            self._encode(self._ordinary, [piece for parts in pieces for piece, kind in parts if kind == "ordinary"])
-        )
-        literal = iter(
-            self._encode(self._literal, [piece for parts in pieces for piece, kind in parts if kind == "literal"])
-        )
-        encoded = iter(pieces)
-        for chat in chats:
-            ids: list[int] = []
-            mask: list[bool] = []
-            expected = 0
-            for segment in chat.segments:
-                before = len(ids)
-                for piece, kind in next(encoded):
-                    if kind == "control":
-                        ids.append(self._ids_of_controls[piece.strip()])
-                    else:
-                        ids += next(ordinary if kind == "ordinary" else literal)
-                mask += [segment.supervised] * (len(ids) - before)
-                expected += len(self._control.findall(segment.text))
-            sample = np.array(ids, dtype=np.int64), np.array(mask, dtype=np.bool_)
-            if int(self._is_control[sample[0]].sum()) != expected:
-                yield RowError(
-                    "SPECIAL_TEXT", "text that spells a control token cannot be encoded as text by this tokenizer"
-                )
-            else:
-                yield sample
-
-    def _set_control_tokens(self) -> None:
+    def _learn_control_tokens(self) -> None:
         """Collects what must never come out of a message's text: special tokens and those that the template writes.
 
         Other added tokens (runs of spaces, HTML tags) are ordinary vocabulary and stay as the tokenizer has them.
@@ -137,23 +100,21 @@ class ChatRenderer:
         template = json.dumps(self._tokenizer.chat_template, ensure_ascii=False)
         added = self._tokenizer.added_tokens_decoder
         controls = {
-            id_: token
-            for id_, token in added.items()
+            number: token
+            for number, token in sorted(added.items(), key=lambda item: -len(item[1].content))  # the longest match wins
             if token.content.strip() and (token.special or token.content in template)
         }
-        self._ids_of_controls = {token.content: id_ for id_, token in controls.items()}
-        alternatives = []
-        for token in sorted(controls.values(), key=lambda token: -len(token.content)):
-            alternatives.append(r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip)
-        self._control = re.compile("|".join(alternatives))
-        self._spelling = re.compile("|".join(map(re.escape, sorted(self._ids_of_controls, key=len, reverse=True))))
-        self._is_control = np.zeros(
-            max(max(added), self._tokenizer.backend_tokenizer.get_vocab_size()) + 1, dtype=np.bool_
+        self._numbers = {token.content: number for number, token in controls.items()}
+        self._control = re.compile("|".join(re.escape(token.content) for token in controls.values()))
+        self._control_and_space = re.compile(
+            "|".join(r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in controls.values())
         )
+        self._is_control = np.zeros(max(self._tokenizer.get_vocab().values()) + 1, dtype=np.bool_)
         self._is_control[list(controls)] = True
+        if self._tokenizer.unk_token_id is not None:
+            self._is_control[self._tokenizer.unk_token_id] = False  # any text may hold what a vocabulary lacks
 
-        backend = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        backend["truncation"] = backend["padding"] = None
+        backend = json.loads(self._tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         self._ordinary = Tokenizer.from_str(json.dumps(backend))
         for token in backend["added_tokens"]:
             token["special"] = token["id"] in controls
@@ -161,102 +122,105 @@ class ChatRenderer:
         self._literal.encode_special_tokens = True  # the same tokenizer, blind to control tokens
 
     def _check_pieces(self) -> None:
-        """Refuses tokenizers that put a space in front of every piece: segments could not be encoded apart."""
+        """Refuses tokenizers that put a space in front of every piece: stretches could not be encoded apart."""
         text = "a b"
-        ids = self._encode(self._ordinary, [text])[0]
-        decoded = self._ordinary.decode(ids + ids, skip_special_tokens=False)
-        if decoded.lower() != text + text:
+        decoded = self._ordinary.decode(2 * self._ordinary.encode(text, add_special_tokens=False).ids)
+        if decoded.lower() != 2 * text:
             raise ValueError(
-                f"the tokenizer {self._tokenizer.name_or_path!r} reads {text + text!r} back as {decoded!r} when it is "
-                "encoded in two pieces, so prompts and answers cannot be encoded apart"
+                f"the tokenizer {self._tokenizer.name_or_path!r} reads {text!r} twice as {decoded!r}: it changes "
+                "the start of a piece, so prompts and answers cannot be encoded apart"
             )
 
     def _find_end_of_turn(self) -> str:
-        """Returns the end-of-sequence token, or what the template ends a turn with when that is another control token."""
+        """Returns the end-of-sequence token, or what the template ends a turn with if that is another control token."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
             turn = self._apply(probe, None)[len(self._apply(probe[:1], None, generation_prompt=True)) :]
         except RowError as error:
-            raise ValueError(f"the chat template fails on a plain question and answer: {error}") from error
-        written = self._spelling.findall(turn)
-        return written[0] if written and self._tokenizer.eos_token not in written else self._tokenizer.eos_token
+            raise ValueError(f"a plain question and answer cannot be rendered: {error}") from error
+        written, eos = self._control.findall(turn), str(self._tokenizer.eos_token)
+        return eos if eos in written or not written else str(written[0])
 
-    def _apply(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, generation_prompt: bool = False
-    ) -> str:
+    def _apply(self, messages: list[Message], tools: Tools, generation_prompt: bool = False) -> str:
+        options: dict[str, Any] = {"tools": tools, "add_generation_prompt": generation_prompt, "tokenize": False}
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=generation_prompt, tokenize=False
-            )
+            return str(self._tokenizer.apply_chat_template(messages, **options))
         except Exception as error:  # a template is a program of its own and may raise anything
-            raise RowError("TEMPLATE", f"the chat template failed: {type(error).__name__}: {error}") from error
-        assert isinstance(text, str)
-        return text
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RowError("TEMPLATE", f"the chat template failed: {reason}") from error
 
-    def _prefix(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, whole: str, generation_prompt: bool = False
-    ) -> str:
+    def _prefix_length(self, messages: list[Message], tools: Tools, whole: str, generation_prompt: bool = False) -> int:
         """Renders the first messages and checks that the whole conversation begins with the same text."""
         text = self._apply(messages, tools, generation_prompt)
         if not whole.startswith(text):
-            at = next(
-                (i for i, (a, b) in enumerate(zip(text, whole, strict=False)) if a != b), min(len(text), len(whole))
-            )
+            at = next((at for at, pair in enumerate(zip(text, whole, strict=False)) if pair[0] != pair[1]), len(whole))
             raise RowError(
                 "UNSTABLE_TEMPLATE",
-                f"the chat template renders the first {len(messages)} messages differently when more follow; first "
-                f"difference at character {at}: {text[at : at + 40]!r} alone, {whole[at : at + 40]!r} in the conversation",
+                f"the chat template renders the first {len(messages)} messages differently when more follow; the first "
+                f"difference is at character {at}: {text[at : at + 40]!r} alone, {whole[at : at + 40]!r} with the rest",
             )
-        return text
+        return len(text)
 
-    def _hide_spelled(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None
-    ) -> tuple[Any, Any, dict[str, str]]:
+    def _hide_spelled(self, messages: list[Message], tools: Tools) -> tuple[Any, Any, dict[str, str]]:
         """Replaces each control token that the row's text spells by one private character that the row does not use."""
         strings = list(_strings([messages, tools]))
-        found = {match for text in strings for match in self._spelling.findall(text)}
+        found = {match for text in strings for match in self._control.findall(text)}
         if not found:
             return messages, tools, {}
-        used = {ord(character) for text in strings for character in text if ord(character) >= PRIVATE_USE.start}
-        free = (chr(code) for code in PRIVATE_USE if code not in used)
-        hidden = dict(zip(sorted(found), free, strict=False))
+        used = {character for text in strings for character in text}
+        free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
+        stand_ins = dict(zip(sorted(found), free, strict=False))
 
         def hide(value: Any) -> Any:
             if isinstance(value, str):
-                return self._spelling.sub(lambda match: hidden[match[0]], value)
+                return self._control.sub(lambda match: stand_ins[match[0]], value)
             if isinstance(value, dict):
                 return {hide(key): hide(item) for key, item in value.items()}
             return [hide(item) for item in value] if isinstance(value, list) else value
 
-        return hide(messages), hide(tools), {stand_in: token for token, stand_in in hidden.items()}
+        return hide(messages), hide(tools), {stand_in: token for token, stand_in in stand_ins.items()}
 
-    def _check_stand_ins(self, whole: str, spelled: dict[str, str]) -> None:
-        """Refuses a template that escapes the stand-ins, because their escapes would be trained as text."""
-        for stand_in, token in spelled.items():
-            if json.dumps(stand_in)[1:-1] in whole:
-                raise RowError("SPECIAL_TEXT", f"the template escapes text beyond ASCII next to {token!r}")
+    def _encode(self, chats: Sequence[RenderedChat]) -> Iterator[Sample | RowError]:
+        """Yields the sample of each chat; ids and mask grow together, stretch by stretch."""
+        cut = [[list(self._pieces(text, chat.spelled)) for text, _ in chat.stretches] for chat in chats]
+        pieces = [piece for chat in cut for stretch in chat for piece in stretch]
+        encoded: dict[Tokenizer, Iterator[Any]] = {
+            tokenizer: iter(
+                tokenizer.encode_batch_fast([text for text, by in pieces if by is tokenizer], add_special_tokens=False)
+            )
+            for tokenizer in (self._ordinary, self._literal)
+        }
+        for chat, stretches in zip(chats, cut, strict=True):
+            ids: list[int] = []
+            mask: list[bool] = []
+            for (_, supervised), stretch in zip(chat.stretches, stretches, strict=True):
+                for text, by in stretch:
+                    ids += [self._numbers[text]] if by is None else next(encoded[by]).ids
+                mask += [supervised] * (len(ids) - len(mask))
+            sample = Sample(np.array(ids), np.array(mask), tuple(sorted(chat.spelled.values())))
+            written = [self._numbers[token] for text, _ in chat.stretches for token in self._control.findall(text)]
+            if not np.array_equal(self._controls_among(sample.ids), self._controls_among(np.array(written))):
+                yield RowError("SPECIAL_TEXT", "this tokenizer cannot keep text apart from the control token it spells")
+            else:
+                yield sample
 
-    def _pieces(self, text: str, spelled: dict[str, str]) -> Iterator[tuple[str, str]]:
-        """Cuts a segment into (piece, kind): control tokens of the template, and literal text between them.
+    def _controls_among(self, ids: np.ndarray) -> np.ndarray:
+        return ids[self._is_control[ids]]
 
-        A row that spells no control token is one ordinary piece, encoded as the tokenizer would anywhere else.
+    def _pieces(self, text: str, spelled: dict[str, str]) -> Iterator[tuple[str, Tokenizer | None]]:
+        """Cuts a stretch into pieces and says which tokenizer encodes each; None marks the template's control tokens.
+
+        A row that spells no control token is one piece, encoded as the tokenizer would anywhere else.
         """
         if not spelled:
-            yield text, "ordinary"
+            yield text, self._ordinary
             return
-        done = 0
-        restore = str.maketrans(spelled)
-        for match in self._control.finditer(text):
-            if match.start() > done:
-                yield text[done : match.start()].translate(restore), "literal"
-            yield match[0], "control"
+        restore, done = str.maketrans(dict(spelled)), 0
+        for match in self._control_and_space.finditer(text):
+            yield text[done : match.start()].translate(restore), self._literal
+            yield self._control.findall(match[0])[0], None
             done = match.end()
-        if done < len(text):
-            yield text[done:].translate(restore), "literal"
-
-    @staticmethod
-    def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        yield text[done:].translate(restore), self._literal
 
 
 def show(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -264,7 +228,7 @@ def show(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizer
     cuts = np.flatnonzero(np.diff(supervised.astype(np.int8))) + 1
     parts = []
     for run, mask in zip(np.split(ids, cuts), np.split(supervised, cuts), strict=True):
-        text = tokenizer.decode(run.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: Any = tokenizer.decode(run.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         parts.append(f"{GREEN}{text}{RESET}" if mask[0] else text)
     return "".join(parts)
 

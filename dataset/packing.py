@@ -1,7 +1,9 @@
 """The pack plan: which samples share a row. Pure integers, no tokens and no torch.
 
-Best-fit-decreasing: the longest sample first, each into the fullest row that still has room. Rows are kept in buckets by
-their remaining room, and one integer used as a bit set finds the tightest bucket, so a million samples take seconds.
+Rows are filled one after another, the longest sample left first, then always the longest that fits, until one or two
+samples fill the rest to the last position. Plain best-fit-decreasing leaves 1.5 % of the positions empty when lengths
+lie close together (GSM8K in rows of 1,024 tokens), closing rows exactly leaves 0.6 % in the same time. Integers used as
+bit sets over lengths find the samples that fit, so a million of them take seconds.
 """
 
 import hashlib
@@ -9,27 +11,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ALGORITHM = "best-fit-decreasing/1"  # part of the fingerprint: another plan for the same lengths needs another name
+ALGORITHM = "longest-first, exact close/1"  # part of the fingerprint: change it with whatever changes a plan
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Row r holds samples[offsets[r] : offsets[r + 1]]; input_positions counts what all rows hold together."""
+    """Row r holds samples[offsets[r] : offsets[r + 1]], which together have row_lengths[r] input positions."""
 
     offsets: np.ndarray  # int64 (rows + 1,)
     samples: np.ndarray  # int64 (samples,)
     fingerprint: str
-    input_positions: int
+    row_lengths: np.ndarray  # int64 (rows,)
     max_seq_len: int
 
     @property
     def num_rows(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.row_lengths)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
 
     @property
     def efficiency(self) -> float:
         """Share of the rows' positions that hold a token."""
-        return self.input_positions / (self.num_rows * self.max_seq_len)
+        return int(self.row_lengths.sum()) / (self.num_rows * self.max_seq_len)
 
 
 def plan_rows(lengths: np.ndarray, max_seq_len: int) -> RowPlan:
@@ -45,52 +51,54 @@ def plan_rows(lengths: np.ndarray, max_seq_len: int) -> RowPlan:
         raise ValueError(f"max_seq_len={max_seq_len} must be at least 1")
     if len(sizes) == 0:
         raise ValueError("there is no sample to pack")
-    for wrong, reason in (
-        (sizes > max_seq_len, f"longer than max_seq_len={max_seq_len} + 1"),
-        (sizes < 1, "too short"),
-    ):
+    for wrong, reason in ((sizes > max_seq_len, f"more than max_seq_len={max_seq_len} + 1"), (sizes < 1, "too few")):
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
             raise ValueError(f"sample {first} has {lengths[first]} tokens, {reason} ({int(wrong.sum())} such samples)")
 
-    rows = _best_fit_decreasing(sizes, max_seq_len)
-    first_sample = np.full(int(rows.max()) + 1, len(sizes), dtype=np.int64)
-    np.minimum.at(first_sample, rows, np.arange(len(sizes)))
-    rank = np.empty_like(first_sample)
-    rank[np.argsort(first_sample)] = np.arange(len(first_sample))
-    rows = rank[rows]
+    picked, rows = _fill_rows(sizes, max_seq_len)
+    row_of = np.empty(len(sizes), dtype=np.int64)
+    row_of[np.argsort(-sizes, kind="stable")] = rows[np.argsort(-picked, kind="stable")]  # equal sizes in sample order
 
-    samples = np.argsort(rows, kind="stable")
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows))])
+    _, first_samples = np.unique(row_of, return_index=True)
+    row_of = np.argsort(np.argsort(first_samples))[row_of]
+    samples = np.argsort(row_of, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
     fingerprint = hashlib.sha256(f"{ALGORITHM} {max_seq_len} {len(sizes)}".encode())
     for part in (lengths, offsets, samples):
         fingerprint.update(part.astype("<i8").tobytes())
-    return RowPlan(offsets, samples, fingerprint.hexdigest(), int(sizes.sum()), max_seq_len)
+    row_lengths = np.add.reduceat(sizes[samples], offsets[:-1])
+    return RowPlan(offsets, samples, fingerprint.hexdigest(), row_lengths, max_seq_len)
 
 
-def _best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """Returns the row of each sample, rows numbered in the order in which they were opened."""
-    row_of = np.empty(len(sizes), dtype=np.int64)
-    order = np.argsort(-sizes, kind="stable")
-    buckets: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by remaining room
-    occupied = 0  # bit r is set while buckets[r] is not empty
-    opened = 0
-    assigned = []
-    for size in sizes[order].tolist():
-        fitting = occupied >> size
-        if fitting:
-            room = size + (fitting & -fitting).bit_length() - 1
-            bucket = buckets[room]
-            row = bucket.pop()
-            if not bucket:
-                occupied ^= 1 << room
-        else:
-            room, row = capacity, opened
-            opened += 1
-        left = room - size
-        if left:
-            buckets[left].append(row)
-            occupied |= 1 << left
-        assigned.append(row)
-    row_of[order] = assigned
-    return row_of
+def _fill_rows(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns sizes in the order in which they are picked and the row of each, both (samples,)."""
+    counts = np.bincount(sizes, minlength=capacity + 1).tolist()
+    left = sum(1 << size for size in range(1, capacity + 1) if counts[size])  # bit s: a sample of size s is left
+    mirror = sum(1 << (capacity - size) for size in range(1, capacity + 1) if counts[size])  # the same, read backwards
+    picked: list[int] = []
+    rows: list[int] = []
+    row = -1
+    room = 0
+
+    while left:
+        fitting = left & ((2 << room) - 1)
+        if not fitting:
+            row, room, fitting = row + 1, capacity, left
+        chosen = [fitting.bit_length() - 1]
+        if room < capacity and chosen[0] < room:  # a row's first sample is the longest, whatever would close it
+            pairs = left & (mirror >> (capacity - room))  # bit s: size s and size room - s are both left
+            if room % 2 == 0 and counts[room // 2] == 1:
+                pairs &= ~(1 << room // 2)
+            if pairs:
+                larger = pairs.bit_length() - 1
+                chosen = [larger, room - larger]
+        for size in chosen:
+            picked.append(size)
+            rows.append(row)
+            room -= size
+            counts[size] -= 1
+            if not counts[size]:
+                left ^= 1 << size
+                mirror ^= 1 << (capacity - size)
+    return np.array(picked), np.array(rows)

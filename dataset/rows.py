@@ -22,7 +22,7 @@ class Document:
     supervised: np.ndarray  # bool (L,)
 
 
-class PackedRows(Dataset):
+class PackedRows(Dataset[list[Document]]):
     """The rows of a plan as lists of documents; row -1 is a filler, which trains nothing.
 
     `indices` maps the plan's sample numbers to the store's, for a plan over part of a store.

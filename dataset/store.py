@@ -1,15 +1,14 @@
 """The token store: tokenised samples in memory-mapped files that many processes read at once.
 
 A store is a directory of raw little-endian arrays and `meta.json`. It is written into a temporary directory and renamed
-when it is complete, so a directory with its final name is a whole store, and a killed writer leaves nothing that counts.
+when it is complete, so a directory with its final name is a whole store; a killed writer leaves nothing that counts.
 """
 
-import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,19 @@ META = "meta.json"
 class TokenStore:
     """Samples of one prepared data file: `tokens(i)` gives ids and mask, `where(i)` the line that they came from."""
 
-    def __init__(self, directory: Path, source: str | None = None):
+    def __init__(self, directory: str | Path, source: str | None = None):
         """Opens a published store; `source` is the path to report when the same content lies elsewhere now."""
         self.directory = Path(directory)
         meta = read_meta(self.directory)
         self.source: str = source or meta["source"]
         self.fingerprint: str = meta["fingerprint"]
+        self.tokenizer_fingerprint: str = meta["tokenizer_fingerprint"]
+        self.template_fingerprint: str = meta["template_fingerprint"]
         self.report: dict[str, Any] = {**meta["report"], "path": self.source}
-        arrays = {
-            name: np.memmap(self.directory / f"{name}.bin", dtype=spec["dtype"], mode="r")
-            for name, spec in meta["arrays"].items()
-        }
-        self._ids, self._supervised = arrays["ids"], arrays["supervised"]
-        self._offsets, self._lines = arrays["offsets"], arrays["lines"]
+        self._ids, self._supervised, self._offsets, self._lines = (
+            np.asarray(np.memmap(self.directory / f"{name}.bin", dtype=meta["arrays"][name]["dtype"], mode="r"))
+            for name in ("ids", "supervised", "offsets", "lines")
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker process maps the files itself instead of receiving a copy of them."""
@@ -62,18 +61,18 @@ class TokenStore:
 
 
 class StoreWriter:
-    """Writes a store sample by sample; nothing of it is visible before `publish`, and an error leaves nothing behind."""
+    """Writes a store sample by sample; nothing of it is visible before `publish`, and an error leaves nothing."""
 
     def __init__(self, directory: Path, vocab_size: int):
-        directory.parent.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        self._tmp = Path(tempfile.mkdtemp(prefix=f".tmp-{directory.name[:16]}-", dir=directory.parent))
-        self._dtypes = {"ids": "<u2" if vocab_size <= 2**16 else "<u4", "supervised": "|u1"}
-        self._dtypes |= {"offsets": "<i8", "lines": "<i8"}
+        self._tmp = directory.parent / f".tmp-{directory.name[:16]}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._tmp.mkdir(parents=True)
+        ids = "<u2" if vocab_size <= 2**16 else "<u4"
+        self._dtypes = {"ids": ids, "supervised": "|u1", "offsets": "<i8", "lines": "<i8"}
         self._files = {name: (self._tmp / f"{name}.bin").open("wb") for name in self._dtypes}
         self._hashes = {name: hashlib.sha256() for name in self._dtypes}
         self._counts = dict.fromkeys(self._dtypes, 0)
-        self._append("offsets", np.zeros(1))
+        self._append("offsets", [0])
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -88,69 +87,69 @@ class StoreWriter:
         assert len(ids) == len(supervised) >= 2
         self._append("ids", ids)
         self._append("supervised", supervised)
-        self._append("offsets", np.array([self._counts["ids"]]))
-        self._append("lines", np.array([line]))
+        self._append("offsets", [self._counts["ids"]])
+        self._append("lines", [line])
 
-    def publish(self, source: str, report: dict[str, Any]) -> bool:
-        """Gives the store its final name; False when another writer was faster, whose store then stands."""
+    def publish(self, **meta: Any) -> None:
+        """Gives the store its final name; when another writer was faster, its store stands and this one goes."""
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            _flush(file)
         trained = [
-            f"{name}:{self._dtypes[name]}:{self._hashes[name].hexdigest()}" for name in ("ids", "supervised", "offsets")
+            f"{name} {self._dtypes[name]} {self._hashes[name].hexdigest()}" for name in ("ids", "supervised", "offsets")
         ]
-        meta = {
+        meta |= {
             "format": FORMAT,
-            "source": source,
-            "fingerprint": hashlib.sha256("\n".join([str(FORMAT), *trained]).encode()).hexdigest(),
+            "fingerprint": hashlib.sha256("\n".join(trained).encode()).hexdigest(),
             "arrays": {name: {"dtype": self._dtypes[name], "count": self._counts[name]} for name in self._dtypes},
-            "report": report,
         }
-        with (self._tmp / META).open("w", encoding="utf-8") as file:
-            json.dump(meta, file, ensure_ascii=False, allow_nan=False, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        with (self._tmp / META).open("w", encoding="utf-8") as meta_file:
+            json.dump(meta, meta_file, ensure_ascii=False, allow_nan=False, indent=1)
+            _flush(meta_file)
         _fsync_directory(self._tmp)
         try:
             os.rename(self._tmp, self.directory)
         except OSError:
             if not is_published(self.directory):
                 raise
-            return False
         _fsync_directory(self.directory.parent)
-        return True
 
-    def _append(self, name: str, values: np.ndarray) -> None:
-        data = np.ascontiguousarray(values, dtype=self._dtypes[name]).tobytes()
+    def _append(self, name: str, values: Any) -> None:
+        data = np.asarray(values, dtype=self._dtypes[name]).tobytes()
         self._files[name].write(data)
         self._hashes[name].update(data)
         self._counts[name] += len(values)
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
-    """Reads and checks the meta data of a store; raises ValueError when a file of it is missing or has the wrong size."""
+    """Reads the meta data of a store; raises ValueError when a file is missing or has the wrong size."""
     try:
-        meta = json.loads((directory / META).read_text(encoding="utf-8"))
+        meta: dict[str, Any] = json.loads((directory / META).read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise ValueError(f"{directory} has store format {meta['format']}, expected {FORMAT}")
-        for name, spec in meta["arrays"].items():
+        for name, array in meta["arrays"].items():
             size, expected = (
                 (directory / f"{name}.bin").stat().st_size,
-                spec["count"] * np.dtype(spec["dtype"]).itemsize,
+                array["count"] * np.dtype(array["dtype"]).itemsize,
             )
             if size != expected:
                 raise ValueError(f"{directory / name}.bin has {size} bytes, expected {expected}")
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{directory} is no token store: {error!r}") from error
     return meta
 
 
 def is_published(directory: Path) -> bool:
     """True when the directory is a whole store of this format."""
-    with contextlib.suppress(ValueError):
+    try:
         read_meta(directory)
-        return True
-    return False
+    except ValueError:
+        return False
+    return True
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _fsync_directory(directory: Path) -> None:

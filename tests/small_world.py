@@ -1,0 +1,139 @@
+"""A small world to train in: forty short conversations, a tiny model, and real processes forked from a warm parent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# A server process imports the trainer once and forks every worker: a run of two processes starts in a fraction of a second.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train_full_sft"])
+
+TINY = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_seq_len": 64,
+    "batch_size": 1, "epochs": 2, "learning_rate": 0.01, "dropout": 0.1, "dtype": "float32", "device": "cpu",
+    "seed": 7, "log_interval": "1", "save_interval": "1", "keep_last": 99,
+}  # fmt: skip
+
+
+def write_rows(path: Path, count: int = 24, seed: int = 0) -> Path:
+    """Conversations whose answers differ much in length, so that a mean of means would show."""
+    rng = random.Random(seed)
+    words = "red green blue one two three sun moon star tree river stone".split()
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(count):
+            answer = " ".join(rng.choices(words, k=rng.choice((1, 2, 3, 12, 20))))
+            messages = [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def train(
+    world_size: int,
+    save_dir: Path,
+    *,
+    wrap_objective: Callable[..., Any] | None = None,
+    wait: bool = True,
+    timeout_seconds: float = 120,
+    **flags: Any,
+) -> list[int]:
+    """Exit codes of the ranks of a run with these flags; `wrap_objective(objective, rank)` may replace the loss.
+
+    When a rank dies the others are ended, as torchrun would.
+    """
+    values = {**TINY, "save_dir": str(save_dir), "cache_dir": str(save_dir.parent / "cache"), **flags}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    save_dir.parent.mkdir(parents=True, exist_ok=True)
+    workers = [
+        FORKS.Process(target=_work, args=(rank, world_size, port, values, f"{save_dir}.rank{rank}.log", wrap_objective))
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + timeout_seconds
+    while any(worker.is_alive() for worker in workers):
+        if any(worker.exitcode not in (None, 0) for worker in workers) or time.monotonic() > deadline:
+            for worker in workers:
+                worker.join(timeout=3)
+                worker.kill()
+        workers[0].join(timeout=0.02)
+    for worker in workers:
+        worker.join()
+    return [worker.exitcode for worker in workers]
+
+
+def _work(rank: int, world_size: int, port: int, values: dict, log: str, wrap_objective: Callable | None) -> None:
+    """One rank: what torchrun's environment and the command line would do."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TOKENIZERS_PARALLELISM="false")
+    import torch
+
+    import train_full_sft
+    from model.losses import make_sft_objective
+    from training.config import make_config
+
+    torch.set_num_threads(1)
+    if wrap_objective:
+        objective = wrap_objective(make_sft_objective(), rank)
+        original = train_full_sft.run
+        train_full_sft.run = lambda config: original(config, objective)  # type: ignore[misc]
+    sys.exit(train_full_sft.main(make_config(values)))
+
+
+class KillAtCall:
+    """kill -9 of one rank in the middle of its n-th forward pass."""
+
+    def __init__(self, call: int, victim: int = 0):
+        self.call, self.victim = call, victim
+
+    def __call__(self, objective: Callable, rank: int) -> Callable:
+        calls = 0
+
+        def deadly(model: Any, batch: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if rank == self.victim and calls == self.call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return objective(model, batch)
+
+        return deadly
+
+
+def log_of(save_dir: Path, rank: int = 0) -> str:
+    return Path(f"{save_dir}.rank{rank}.log").read_text()
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def result_of(save_dir: Path) -> dict[str, Any]:
+    """All that must be equal between two runs: weights, optimizer, position, counters, and every logged number but time."""
+    newest = sorted((save_dir / "checkpoints").glob("step-*"))[-1]
+    state = json.loads((newest / "trainer_state.json").read_text())
+    records = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
+    timing = ("time", "per_second", "seconds", "share", "memory", "eta")
+    return {
+        "final": sha256(save_dir / "final" / "model.safetensors"),
+        "checkpoint": newest.name,
+        "weights": sha256(newest / "model-00001-of-00001.safetensors"),
+        "optimizer": sha256(newest / "optimizer-00001-of-00001.safetensors"),
+        "loop": state["loop"],
+        "scaler": state["scaler"],
+        "records": [{k: v for k, v in r.items() if not any(word in k for word in timing)} for r in records],
+    }

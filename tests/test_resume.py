@@ -1,0 +1,200 @@
+"""The promise that matters most: a run that was cut off and resumed ends with the bits of the run that was not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.small_world import TINY, KillAtCall, log_of, result_of, train, write_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+def resume_from(whole: Path, step: int, copy: Path) -> Path:
+    """A run directory as a crash right after the checkpoint of `step` would have left it."""
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "final")
+    for path in (copy / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    return copy
+
+
+# Every value of every column meets several of the others; dropout is on everywhere.
+MATRIX = [
+    (1, "float32", 1),
+    (1, "bfloat16", 3),
+    (1, "float16", 1),
+    (2, "float32", 3),
+    (2, "bfloat16", 1),
+    (2, "float16", 3),
+    (3, "float32", 1),
+    (3, "float16", 1),
+    (4, "float32", 1),
+    (4, "bfloat16", 3),
+]
+
+
+@pytest.mark.parametrize(("world_size", "dtype", "accumulation"), MATRIX)
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, rows, world_size, dtype, accumulation):
+    flags = {"data_path": str(rows), "val_data_path": str(rows), "dtype": dtype, "accumulation_steps": accumulation}
+    flags |= {"save_interval": "2", "batch_size": 2 if world_size == 1 else 1, "epochs": 3}
+    assert train(world_size, tmp_path / "whole", **flags) == [0] * world_size, log_of(tmp_path / "whole")
+    kill = KillAtCall(call=3 * accumulation + 3, victim=world_size - 1)  # in mid-step, after at least one checkpoint
+    codes = train(world_size, tmp_path / "cut", wrap_objective=kill, **flags)
+    assert codes[world_size - 1] == -signal.SIGKILL
+    assert not (tmp_path / "cut" / "final").exists()
+    assert train(world_size, tmp_path / "cut", from_resume="1", **flags) == [0] * world_size, log_of(tmp_path / "cut")
+    assert "resumed from" in log_of(tmp_path / "cut")
+    assert result_of(tmp_path / "cut") == result_of(tmp_path / "whole")
+
+
+def test_resume_is_exact_from_every_checkpoint_and_another_seed_differs(tmp_path, rows):
+    """First step, mid-epoch, the exact end of an epoch, the last step."""
+    flags = {"data_path": str(rows), "batch_size": 2}
+    assert train(1, tmp_path / "whole", **flags) == [0]
+    expected = result_of(tmp_path / "whole")
+    steps = sorted(int(p.name.removeprefix("step-")) for p in (tmp_path / "whole" / "checkpoints").iterdir())
+    epoch_ends = [r["step"] for r in expected["records"] if r["kind"] == "epoch"]
+    assert steps == list(range(1, epoch_ends[-1] + 1)) and len(epoch_ends) == 2 and epoch_ends[0] in steps
+    for step in steps:
+        copy = resume_from(tmp_path / "whole", step, tmp_path / f"from-{step}")
+        assert train(1, copy, from_resume="1", **flags) == [0], log_of(copy)
+        assert result_of(copy) == expected, f"resumed from step {step}"
+
+    assert train(1, tmp_path / "other", **flags | {"seed": 8}) == [0]
+    assert result_of(tmp_path / "other")["final"] != expected["final"]
+
+
+def test_a_lost_optimizer_would_be_noticed(tmp_path, rows):
+    """Negative control: the comparison sees a resume that forgets the optimizer's memory."""
+    from safetensors.torch import load_file, save_file
+
+    from training.checkpoints import write_manifest
+
+    flags = {"data_path": str(rows)}
+    assert train(1, tmp_path / "whole", **flags) == [0]
+    copy = resume_from(tmp_path / "whole", 3, tmp_path / "copy")
+    checkpoint = copy / "checkpoints" / "step-00000003"
+    file = checkpoint / "optimizer-00001-of-00001.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(file).items()}, file)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, 3)
+    assert train(1, copy, from_resume="1", **flags) == [0]
+    assert result_of(copy)["final"] != result_of(tmp_path / "whole")["final"]
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, rows):
+    flags = {"data_path": str(rows)}
+    assert train(1, tmp_path / "run", **flags) == [0]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    assert train(1, tmp_path / "run", from_resume="1", **flags) == [0]
+    assert "nothing to do" in log_of(tmp_path / "run")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_run_cut_off_before_its_export_is_finished_by_a_resume(tmp_path, rows):
+    flags = {"data_path": str(rows)}
+    assert train(1, tmp_path / "run", **flags) == [0]
+    expected = result_of(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    assert train(1, tmp_path / "run", from_resume="1", **flags) == [0]
+    assert result_of(tmp_path / "run") == expected
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, rows):
+    flags = {"data_path": str(rows)}
+    assert train(1, tmp_path / "whole", **flags) == [0]
+    copy = resume_from(tmp_path / "whole", 5, tmp_path / "copy")
+    file = copy / "checkpoints" / "step-00000005" / "model-00001-of-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    assert train(1, copy, from_resume="1", **flags) == [0]
+    assert "step 5 is damaged" in log_of(copy) and "step-00000004" in log_of(copy)
+    assert result_of(copy) == result_of(tmp_path / "whole")
+
+
+def test_a_directory_that_holds_a_run_is_not_written_over(tmp_path, rows):
+    flags = {"data_path": str(rows)}
+    assert train(1, tmp_path / "run", **flags) == [0]
+    first = result_of(tmp_path / "run")
+    assert train(1, tmp_path / "run", **flags) == [2]
+    assert "--from_resume 1" in log_of(tmp_path / "run") and "--overwrite 1" in log_of(tmp_path / "run")
+    assert result_of(tmp_path / "run") == first
+    assert train(1, tmp_path / "run", overwrite=True, **flags) == [0]
+    assert result_of(tmp_path / "run") == first
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"seed": 8}, "seed"),
+        ({"learning_rate": 0.02}, "schedule"),
+        ({"epochs": 3}, "schedule"),
+        ({"weight_decay": 0.5}, "optimizer"),
+        ({"dtype": "bfloat16"}, "precision"),
+        ({"max_seq_len": 128}, "data"),
+        ({"global_batch_size": 2}, "global_batch_size"),
+    ],
+)
+def test_what_decides_the_result_may_not_change_unsaid(tmp_path, rows, change, name):
+    flags = {"data_path": str(rows), "max_steps": None}
+    assert train(1, tmp_path / "run", **flags) == [0]
+    resume_from(tmp_path / "run", 3, tmp_path / "copy")
+    assert train(1, tmp_path / "copy", from_resume="1", **flags | change) == [2]
+    assert f"{name}: the checkpoint has" in log_of(tmp_path / "copy")
+
+
+def test_more_epochs_go_on_when_the_change_is_named(tmp_path, rows):
+    flags = {"data_path": str(rows)}
+    assert train(1, tmp_path / "run", **flags) == [0]
+    assert train(1, tmp_path / "run", from_resume="1", allow_change="schedule", **flags | {"epochs": 3}) == [0]
+    epochs = [r["epoch"] for r in result_of(tmp_path / "run")["records"] if r["kind"] == "epoch"]
+    assert epochs == [1, 2, 3]
+
+
+@pytest.mark.parametrize("workers", [{"num_workers": 2, "persistent_workers": True}, {"num_workers": 1, "prefetch_factor": 4}])
+def test_workers_do_not_change_the_result(tmp_path, rows, workers):
+    flags = {"data_path": str(rows)}
+    assert train(1, tmp_path / "plain", **flags) == [0]
+    resume_from(tmp_path / "plain", 4, tmp_path / "workers")
+    assert train(1, tmp_path / "workers", from_resume="1", **flags, **workers) == [0], log_of(tmp_path / "workers")
+    assert result_of(tmp_path / "workers") == result_of(tmp_path / "plain")
+
+
+def command(rows: Path, save_dir: Path, *more: str) -> list[str]:
+    flags = {**TINY, "data_path": rows, "save_dir": save_dir, "cache_dir": save_dir.parent / "cache", "epochs": 20}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return [*launcher, "train_full_sft.py", *words, *more]
+
+
+def test_the_real_torchrun_is_killed_and_resumed(tmp_path, rows):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command(rows, tmp_path / "whole"), check=True, timeout=120, **quiet)
+
+    process = subprocess.Popen(command(rows, tmp_path / "cut"), start_new_session=True, **quiet)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "cut" / "checkpoints").glob("step-*"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "final").exists()
+
+    subprocess.run(command(rows, tmp_path / "cut", "--from_resume", "1"), check=True, timeout=120, **quiet)
+    assert result_of(tmp_path / "cut") == result_of(tmp_path / "whole")
+    state = json.loads((tmp_path / "cut" / "state.json").read_text())
+    assert state["status"] == "completed" and state["step"] == state["total_steps"]
