@@ -139,6 +139,8 @@ def _parse_line(raw: bytes, file: BinaryIO) -> dict[str, Any]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RowError("UTF8", f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}") from error
+    if text.startswith("\ufeff"):
+        raise RowError("UTF8", "begins with a byte order mark: save the file as UTF-8 without one")
     if not text.strip():
         raise RowError("BLANK_LINE", "the line is blank")
     row = _parse_json(text)

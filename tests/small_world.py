@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -29,7 +30,7 @@ TINY = {
 def write_rows(path: Path, count: int = 24, seed: int = 0) -> Path:
     """Conversations whose answers differ much in length, so that a mean of means would show."""
     rng = random.Random(seed)
-    words = "red green blue one two three sun moon star tree river stone".split()
+    words = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "tree", "river", "stone"]
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
             answer = " ".join(rng.choices(words, k=rng.choice((1, 2, 3, 12, 20))))
@@ -38,12 +39,17 @@ def write_rows(path: Path, count: int = 24, seed: int = 0) -> Path:
     return path
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def train(
     world_size: int,
     save_dir: Path,
     *,
     wrap_objective: Callable[..., Any] | None = None,
-    wait: bool = True,
     timeout_seconds: float = 120,
     **flags: Any,
 ) -> list[int]:
@@ -52,9 +58,7 @@ def train(
     When a rank dies the others are ended, as torchrun would.
     """
     values = {**TINY, "save_dir": str(save_dir), "cache_dir": str(save_dir.parent / "cache"), **flags}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     save_dir.parent.mkdir(parents=True, exist_ok=True)
     workers = [
         FORKS.Process(target=_work, args=(rank, world_size, port, values, f"{save_dir}.rank{rank}.log", wrap_objective))
@@ -112,6 +116,16 @@ class KillAtCall:
             return objective(model, batch)
 
         return deadly
+
+
+def resume_from(whole: Path, step: int, copy: Path) -> Path:
+    """A run directory as a crash right after the checkpoint of `step` would have left it."""
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "final")
+    for path in (copy / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    return copy
 
 
 def log_of(save_dir: Path, rank: int = 0) -> str:

@@ -1,4 +1,4 @@
-"""Every way in which a row can be wrong is refused with its code and its line, and what is right comes through whole."""
+"""Every way in which a row can be wrong is refused with its code and line, and what is right comes through whole."""
 
 import json
 import time
@@ -34,13 +34,13 @@ ANSWER = b'{"role": "assistant", "content": "hi"}'
 
 BAD_ROWS = [
     ("UTF8", GOOD.replace(b"hello", b"h\xffllo")),
-    ("UTF8", GOOD.replace(b"hello", b"h\xc3\xa4llo"[:-4])),
+    ("UTF8", GOOD.replace(b"hello", b"\xc3")),
     ("UTF8", GOOD.decode().encode("utf-16")),
     ("UTF8", GOOD.replace(b"hello", b"\\ud83d")),
     ("UTF8", GOOD.replace(b"hello", b"\\uDE00\\uD83D")),
     ("BLANK_LINE", b""),
     ("BLANK_LINE", b" \t\r"),
-    ("JSON_SYNTAX", b"\xef\xbb\xbf" + GOOD),
+    ("UTF8", b"\xef\xbb\xbf" + GOOD),
     ("JSON_SYNTAX", GOOD[:-1]),
     ("JSON_SYNTAX", GOOD + b" " + GOOD),
     ("JSON_SYNTAX", GOOD.replace(b'"', b"'")),
@@ -121,11 +121,8 @@ def test_a_bad_row_is_refused_by_code_and_line_and_alone(tmp_path, code, row, pl
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     found = read(path)
     refused = [(item.line, item.code) for item in found if isinstance(item, Defect)]
-    if row.startswith(b"\xff\xfe"):  # UTF-16 writes a line feed of two bytes, which ends the line inside a character
-        assert refused == [(place + 1, code)] or {code for _, code in refused} == {"UTF8", "JSON_SYNTAX"}
-    else:
-        assert refused == [(place + 1, code)]
-        assert len(found) == 3
+    assert refused == [(place + 1, code)]
+    assert len(found) == 3
     kept = [item for item in found if isinstance(item, Conversation)]
     assert [item.messages for item in kept] == [[user(), assistant()]] * 2
     assert f"{path}:{place + 1}: {code} " in str(next(item for item in found if isinstance(item, Defect)))
@@ -261,7 +258,9 @@ def test_a_hundred_thousand_rows_are_validated_in_seconds(tmp_path):
     assert time.process_time() - started < 10
 
 
-@pytest.mark.parametrize(("name", "fields", "rows"), [("gsm8k/train.jsonl", COLUMNS, 7473), ("sgd/dev.jsonl", Fields(), 256)])
+@pytest.mark.parametrize(
+    ("name", "fields", "rows"), [("gsm8k/train.jsonl", COLUMNS, 7473), ("sgd/dev.jsonl", Fields(), 256)]
+)
 def test_real_files_are_read_without_a_defect(name, fields, rows):
     path = SHARED / name
     if not path.exists():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_world import TINY, KillAtCall, log_of, result_of, train, write_rows
+from tests.small_world import TINY, KillAtCall, log_of, result_of, resume_from, train, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,16 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-def resume_from(whole: Path, step: int, copy: Path) -> Path:
-    """A run directory as a crash right after the checkpoint of `step` would have left it."""
-    shutil.copytree(whole, copy)
-    shutil.rmtree(copy / "final")
-    for path in (copy / "checkpoints").glob("step-*"):
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-    return copy
 
 
 # Every value of every column meets several of the others; dropout is on everywhere.

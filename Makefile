@@ -1,0 +1,7 @@
+.PHONY: demo check test fmt bench
+
+demo: ; bash scripts/quickstart.sh
+test: ; bash scripts/test.sh
+check: ; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+fmt: ; .venv/bin/ruff check --fix . && .venv/bin/ruff format .
+bench: ; .venv/bin/python -m scripts.bench

@@ -1,0 +1,147 @@
+"""One step is one number whoever computes it: any split of the same rows over ranks and micro-batches gives the same update."""
+
+import os
+
+import pytest
+import torch
+
+from tests.small_world import FORKS, free_port
+
+# Supervised tokens per row: uneven, and row 1 has none, so that with two ranks one of them has nothing to train.
+COUNTS = [7, 0, 1, 3, 12, 2]
+
+
+def batches_of(rows: list[int], batch_size: int) -> list[dict]:
+    """Micro-batches of the numbered rows; -1 is a filler. Row r is one document of 16 tokens, the last COUNTS[r] supervised."""
+    import numpy as np
+
+    from dataset.rows import Document, collate
+
+    def document(row: int) -> list[Document]:
+        if row < 0:
+            return [Document(-1, np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.bool_))]
+        ids = np.random.default_rng(row).integers(3, 50, 16)
+        supervised = np.zeros(16, dtype=np.bool_)
+        supervised[16 - COUNTS[row] :] = True
+        return [Document(row, ids, supervised)]
+
+    return [collate([document(r) for r in rows[i : i + batch_size]]) for i in range(0, len(rows), batch_size)]
+
+
+def mean_of_means(model, batch):
+    """The common mistake, scaled so that the loop's division leaves the mean of micro-batch means."""
+    from model.losses import sft_objective
+
+    terms = sft_objective(model, batch)
+    return {"ce": terms["ce"] / max(len(batch["targets"]), 1) * sum(COUNTS) / len(COUNTS)}
+
+
+def weights_after(rank, world_size, port, split, wrong, queue):
+    """Five float64 AdamW steps over COUNTS' rows; `split` lists each rank's rows, cut into micro-batches of `batch_size`."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    from model.decoder import DecoderConfig
+    from model.loading import build_model
+    from model.losses import sft_objective
+    from train_full_sft import Learner, train_step
+    from trainer_utils import close_processes, parallelize, start_processes
+    from training.config import Config
+    from training.optimizers import make_optimizer
+    from training.state import LoopState
+
+    torch.set_num_threads(1)
+    objective = mean_of_means if wrong else sft_objective
+    config = DecoderConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    processes = start_processes("cpu", 30)
+    model = build_model(config, seed=0).double().train()
+    (filler,) = batches_of([-1], 1)
+    parallel = parallelize(model, processes, lambda m: sft_objective(m, filler)["ce"])
+    optimizer = make_optimizer(model, Config(learning_rate=0.01, weight_decay=0.1))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    learner = Learner(parallel, optimizer, scaler, objective, processes, torch.float32, 1.0, 0)
+    rows, batch_size = split
+    norms = [
+        train_step(learner, batches_of(rows[rank], batch_size), step, 0.01, sum(COUNTS), LoopState())
+        for step in range(1, 6)
+    ]
+    if rank == 0:
+        queue.put((norms, {name: p.detach().numpy() for name, p in model.named_parameters()}))
+    close_processes(processes)
+
+
+def outcome(rows: list[list[int]], batch_size: int, wrong: bool = False):
+    queue, port = FORKS.SimpleQueue(), free_port()
+    workers = [
+        FORKS.Process(target=weights_after, args=(rank, len(rows), port, (rows, batch_size), wrong, queue))
+        for rank in range(len(rows))
+    ]
+    for worker in workers:
+        worker.start()
+    norms, weights = queue.get()
+    for worker in workers:
+        worker.join(30)
+        assert worker.exitcode == 0
+    return norms, {name: torch.from_numpy(array) for name, array in weights.items()}
+
+
+def largest_difference(a, b) -> float:
+    return max(
+        *(abs(x - y) for x, y in zip(a[0], b[0], strict=True)), *((a[1][n] - b[1][n]).abs().max().item() for n in a[1])
+    )
+
+
+SPLITS = {
+    "1 rank, 6 micro-batches": ([[0, 1, 2, 3, 4, 5]], 1),
+    "1 rank, 2 micro-batches": ([[0, 1, 2, 3, 4, 5]], 3),
+    "2 ranks, 3 micro-batches": ([[0, 2, 4], [1, 3, 5]], 1),
+    "2 ranks, one has no supervised token": ([[0, 2, 3, 4, 5], [1, -1, -1, -1, -1]], 5),
+    "3 ranks, an uneven share filled with masked rows": ([[0, 3], [1, 4], [2, 5]], 2),
+    "4 ranks, fillers": ([[0, 4], [1, 5], [2, -1], [3, -1]], 1),
+}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return outcome([[0, 1, 2, 3, 4, 5]], 6)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_any_split_gives_the_same_update(reference, name):
+    assert largest_difference(outcome(*SPLITS[name]), reference) <= 1e-12
+
+
+def test_the_mean_of_means_would_be_seen(reference):
+    """Negative control."""
+    assert largest_difference(outcome([[0, 2, 4], [1, 3, 5]], 1, wrong=True), reference) > 1e-4
+
+
+def count_exchanges(rank, port, queue):
+    """How often DDP reduces gradients in one step of three micro-batches."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    from trainer_utils import close_processes, gradient_sync, parallelize, start_processes
+
+    processes, calls = start_processes("cpu", 30), []
+    model = parallelize(torch.nn.Linear(2, 1), processes, lambda m: m(torch.zeros(1, 2)).sum() * 0)
+
+    def counted(state, bucket):
+        calls.append(bucket.index())
+        return allreduce_hook(state, bucket)
+
+    model.register_comm_hook(None, counted)
+    for micro in range(3):
+        with gradient_sync(model, enabled=micro == 2):
+            model(torch.ones(1, 2) * (rank + 1)).sum().backward()
+    queue.put((rank, calls, model.module.weight.grad.tolist()))
+    close_processes(processes)
+
+
+def test_gradients_are_exchanged_once_per_step():
+    queue, port = FORKS.SimpleQueue(), free_port()
+    workers = [FORKS.Process(target=count_exchanges, args=(rank, port, queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    results = sorted(queue.get() for _ in workers)
+    # three micro-batches of ones on rank 0 and of twos on rank 1, averaged
+    assert results == [(0, [0], [[4.5, 4.5]]), (1, [0], [[4.5, 4.5]])]
