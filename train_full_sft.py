@@ -1,8 +1,8 @@
 """Fine-tune a language model on chat data: `torchrun --nproc_per_node N train_full_sft.py --data_path FILE`.
 
 The file reads top to bottom: `train_step` is one update, `train_epoch` the only training loop, `validate` measures, and
-`run` is the whole job in numbered phases. An objective maps (model, batch) to named sums over supervised tokens; the loop
-alone normalises and backpropagates, so a new loss is a new objective and never a new loop.
+`run` is the whole job in numbered phases. An objective maps (model, batch) to named sums over supervised tokens; the
+loop alone normalises and backpropagates, so a new loss is a new objective and never a new loop.
 """
 
 import sys
@@ -70,7 +70,7 @@ from training.metrics import WandbSink
 from training.optimizers import make_optimizer
 from training.plan import Plan, identity_of, make_plan
 from training.records import Meter, RunRecords, peak_flops
-from training.state import LoopState, NonFiniteError
+from training.state import LoopState
 from training.sums import Sums, token_means
 
 logger = logging.getLogger("train")
@@ -190,7 +190,9 @@ def train_epoch(
         results = hooks.evaluate() if state.step % plan.eval_steps == 0 or ends_run else {}
         if ends_epoch or ends_run:
             means = token_means(state.since_epoch.total(processes.sum_ints), "train")
-            records.log_epoch(state, {**means, **results, "train/learning_rate": lr}, meter, peak_memory_bytes(processes.device))
+            records.log_epoch(
+                state, {**means, **results, "train/learning_rate": lr}, meter, peak_memory_bytes(processes.device)
+            )
         if ends_epoch:  # also a checkpoint made now points at the start of the next epoch
             state.next_epoch()
         if state.step % plan.save_steps == 0 or ends_run or save:
@@ -201,7 +203,7 @@ def train_epoch(
 
 
 def fetch_windows(loader: DataLoader, micro_batches: int) -> Iterator[tuple[list[Batch], Exception | None]]:
-    """The micro-batches of one step at a time, or what went wrong: all ranks must hear of it before one of them raises."""
+    """The micro-batches of one step at a time, or what went wrong: all ranks hear of it before one of them raises."""
     try:
         batches = iter(loader)
         while window := list(itertools.islice(batches, micro_batches)):
@@ -220,7 +222,9 @@ def judge_norm(
         state.overflows += 1  # routine in fp16: the loss scale was too high and has just been halved
     else:
         samples = [rows.store.where(i) for batch in window for i in batch["sample_ids"] if i != FILLER]
-        logger.warning("step %d: gradient norm %s, weights left alone; samples of this rank: %s", state.step, norm, samples)
+        logger.warning(
+            "step %d: gradient norm %s, weights left alone; samples of this rank: %s", state.step, norm, samples
+        )
         records.event(state.step, "non_finite_gradient", samples=samples)
         state.count_non_finite()
 
@@ -312,7 +316,10 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         save_dir.mkdir(parents=True, exist_ok=True)
         (save_dir / "config.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
         replace_json(save_dir / "data_report.json", data.report)
-        replace_json(save_dir / "environment.json", describe_environment(device_name, processes.world_size, torch.get_num_threads()))
+        replace_json(
+            save_dir / "environment.json",
+            describe_environment(device_name, processes.world_size, torch.get_num_threads()),
+        )
         if config.reports_to_wandb:
             records.metrics.sinks.append(WandbSink(config.wandb_project, wandb_id, save_dir, asdict(resolved)))
     saved_step = state.step if checkpoint else -1
@@ -368,7 +375,9 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         if reason is None and processes.is_main:
             card = model_card(asdict(resolved), data.report, records.last_eval, state.step)
             export_model(save_dir / "final", model, tokenizer_dir, dtype=getattr(torch, config.export_dtype), card=card)
-            logger.info("the model is in %s; talk to it: python -m scripts.chat %s", save_dir / "final", save_dir / "final")
+            logger.info(
+                "the model is in %s; talk to it: python -m scripts.chat %s", save_dir / "final", save_dir / "final"
+            )
         records.close("stopped" if reason else "completed", reason or "all steps done")
     close_processes(processes)
     return {"status": "stopped" if reason else "completed", "step": state.step, **records.last_eval}

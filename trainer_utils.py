@@ -67,18 +67,24 @@ class Processes:
 
 def environment_rank() -> tuple[int, int, int]:
     """Global rank, rank on this node and world size as torchrun sets them; (0, 0, 1) without torchrun."""
-    return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # type: ignore[return-value]
+    return tuple(
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )  # type: ignore[return-value]
 
 
 def start_processes(device: str, timeout_seconds: float) -> Processes:
     """Join the process group that torchrun describes: NCCL on CUDA, gloo on CPU. `device` is auto, cpu or cuda."""
     rank, local_rank, world_size = environment_rank()
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch")
+        raise ValueError(
+            "--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch"
+        )
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node: rank {local_rank} of this node has no GPU, there are {torch.cuda.device_count()}")
+            raise ValueError(
+                f"--nproc_per_node: rank {local_rank} of this node has no GPU, there are {torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(local_rank)
     place = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if world_size == 1:
@@ -143,7 +149,7 @@ def use_deterministic_kernels() -> None:
 
 
 def parallelize(model: nn.Module, processes: Processes, zero_loss: Callable[[nn.Module], Tensor]) -> nn.Module:
-    """Wrap for gradient exchange. `zero_loss(model)` runs one forward pass that touches every parameter and returns 0."""
+    """Wrap for gradient exchange; `zero_loss(model)` runs one forward pass that touches every parameter and gives 0."""
     if processes.world_size == 1:
         return model
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -175,7 +181,15 @@ class RowSampler(DistributedSampler):
     """
 
     def __init__(
-        self, num_rows: int, *, rank: int, world_size: int, window_rows: int, slots: int, seed: int = 0, shuffle: bool = True
+        self,
+        num_rows: int,
+        *,
+        rank: int,
+        world_size: int,
+        window_rows: int,
+        slots: int,
+        seed: int = 0,
+        shuffle: bool = True,
     ):
         super().__init__(range(num_rows), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         assert world_size * slots >= window_rows, (world_size, slots, window_rows)
@@ -200,7 +214,7 @@ class RowSampler(DistributedSampler):
 
 
 class SkipBatchSampler(Sampler[list[int]]):
-    """Batches of `batch_size` from a sampler without the first `skip_batches`: indices are skipped, data is never read."""
+    """Batches of a sampler without the first `skip_batches`: indices are skipped, their data is never read."""
 
     def __init__(self, sampler: Sampler[int] | Sequence[int], batch_size: int, skip_batches: int = 0):
         self.sampler, self.batch_size, self.skip_batches = sampler, batch_size, skip_batches
@@ -249,7 +263,7 @@ OPTIMIZER_FILE = "optimizer-00001-of-00001.safetensors"
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; a tensor that two names share (a tied head) stands once, under the first."""
+    """Parameters and persistent buffers by name; a tensor of two names (a tied head) stands once, under the first."""
     seen: set[int] = set()
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -276,7 +290,7 @@ def save_checkpoint(
     trainer_state: dict[str, Any],
     processes: Processes,
 ) -> None:
-    """Write weights, optimizer and trainer state and publish them; all ranks call it. Raises OSError on every rank alike."""
+    """Write and publish weights, optimizer and trainer state; called on, and raising OSError on, all ranks alike."""
     problem: OSError | None = None
     if processes.is_main:
         try:

@@ -15,21 +15,10 @@ from typing import Any
 
 Problem = tuple[str, list[str]]  # key of the underlying problem, turns (user first, then alternating)
 
-WORDS = """
-    apple anchor autumn basket bakery balloon banana barrel beetle blanket border bottle bridge bubble butter button cabin
-    camel candle canyon carpet castle cattle cellar cherry circle cliff coffee corner cotton cousin dinner doctor dollar
-    donkey dragon drawer eagle engine evening fabric falcon family farmer feather fiddle finger flower forest fossil fountain
-    garden garlic ginger glacier goblet grammar guitar hammer harbour harvest helmet hollow honey hunter island ivory jacket
-    jungle kettle kitchen kitten ladder lantern lemon lentil letter lizard magnet mango market meadow melon mirror mitten
-    monkey muffin needle nephew noodle oasis ocean office olive onion orange otter oven oyster paddle paper parrot pebble
-    pencil pepper pillow pirate planet pocket potato puddle puppet quarry quilt rabbit raisin ribbon river robin rocket
-    saddle sailor salad school season shadow silver spider spoon squirrel stone summer sunset table teapot temple thunder
-    ticket timber tomato tunnel turtle umbrella uncle valley velvet violin wagon walnut water weather whistle window winter
-    wizard yellow yogurt zebra zipper
-""".split()
-THINGS = "tea chess music football painting swimming bread snow maths dancing trains poetry soup cats horses robots".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
+WORDS = ["apple", "anchor", "autumn", "basket", "bakery", "balloon", "banana", "barrel", "beetle", "blanket", "border", "bottle", "bridge", "bubble", "butter", "button", "cabin", "camel", "candle", "canyon", "carpet", "castle", "cattle", "cellar", "cherry", "circle", "cliff", "coffee", "corner", "cotton", "cousin", "dinner", "doctor", "dollar", "donkey", "dragon", "drawer", "eagle", "engine", "evening", "fabric", "falcon", "family", "farmer", "feather", "fiddle", "finger", "flower", "forest", "fossil", "fountain", "garden", "garlic", "ginger", "glacier", "goblet", "grammar", "guitar", "hammer", "harbour", "harvest", "helmet", "hollow", "honey", "hunter", "island", "ivory", "jacket", "jungle", "kettle", "kitchen", "kitten", "ladder", "lantern", "lemon", "lentil", "letter", "lizard", "magnet", "mango", "market", "meadow", "melon", "mirror", "mitten", "monkey", "muffin", "needle", "nephew", "noodle", "oasis", "ocean", "office", "olive", "onion", "orange", "otter", "oven", "oyster", "paddle", "paper", "parrot", "pebble", "pencil", "pepper", "pillow", "pirate", "planet", "pocket", "potato", "puddle", "puppet", "quarry", "quilt", "rabbit", "raisin", "ribbon", "river", "robin", "rocket", "saddle", "sailor", "salad", "school", "season", "shadow", "silver", "spider", "spoon", "squirrel", "stone", "summer", "sunset", "table", "teapot", "temple", "thunder", "ticket", "timber", "tomato", "tunnel", "turtle", "umbrella", "uncle", "valley", "velvet", "violin", "wagon", "walnut", "water", "weather", "whistle", "window", "winter", "wizard", "yellow", "yogurt", "zebra", "zipper"]
+THINGS = ["tea", "chess", "music", "football", "painting", "swimming", "bread", "snow", "maths", "dancing", "trains", "poetry", "soup", "cats", "horses", "robots"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
 UNITS = [  # (one, several, how many of the smaller, the smaller)
     ("hour", "hours", 60, "minutes"),
     ("minute", "minutes", 60, "seconds"),

@@ -31,31 +31,42 @@ def document_attention(
     softcap x tanh(score / softcap); `sinks` (heads,) are scores that take weight and give nothing. No value of one
     document enters the arithmetic of another.
     """
-    groups = q.shape[1] // k.shape[1]
     longest = max(document_lengths)
     window = None if window is None or window >= longest else window
-    special = softcap is not None or sinks is not None
-    if not special and not dropout and _varlen_applies(q, v):
-        if groups > 1 and not _VARLEN_GROUPS:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        flags = {"enable_gqa": groups > 1} if _VARLEN_GROUPS else {}
-        left = -1 if window is None else window - 1
-        return varlen_attn(
-            q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(left, 0), **flags
-        )
-    # split, not slicing: its backward writes one gradient of T tokens instead of one per document.
+    if not (dropout or softcap or sinks is not None) and _varlen_applies(q, v):
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return _varlen(q, k, v, cu_seqlens, longest, scale, -1 if window is None else window - 1)
+    dtype = v.dtype
+    if not q.is_cuda:
+        # Half precision is slower than float32 in the CPU kernel (3 times without bfloat16 instructions), and worse.
+        wide = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
     outputs = []
-    for parts in zip(q.split(document_lengths), k.split(document_lengths), v.split(document_lengths), strict=True):
-        one_q, one_k, one_v = (x.transpose(0, 1).unsqueeze(0) for x in parts)
-        if special:
-            output = _written_out(one_q, one_k, one_v, scale, window, softcap, sinks, dropout)
-        else:
-            mask = None if window is None else _visible(one_q.shape[2], window, q.device)
-            output = F.scaled_dot_product_attention(
-                one_q, one_k, one_v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
-            )
-        outputs.append(output.squeeze(0).transpose(0, 1))
-    return torch.cat(outputs)
+    with torch.autocast(q.device.type, enabled=False):
+        # split, not slicing: its backward writes one gradient of T tokens instead of one per document.
+        for parts in zip(q.split(document_lengths), k.split(document_lengths), v.split(document_lengths), strict=True):
+            one_q, one_k, one_v = (x.transpose(0, 1).unsqueeze(0) for x in parts)
+            if softcap or sinks is not None:
+                output = _written_out(one_q, one_k, one_v, scale, window, softcap, sinks, dropout)
+            else:
+                mask = None if window is None else _visible(one_q.shape[2], window, q.device)
+                output = F.scaled_dot_product_attention(
+                    one_q, one_k, one_v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=True
+                )
+            outputs.append(output.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs).to(dtype)
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, left_window: int
+) -> Tensor:
+    flags = {"enable_gqa": True} if _VARLEN_GROUPS else {}
+    if not _VARLEN_GROUPS:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(left_window, 0), **flags
+    )
 
 
 def _varlen_applies(q: Tensor, v: Tensor) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# A server process imports the trainer once and forks every worker: a run of two processes starts in a fraction of a second.
+# A server process imports the trainer once and forks every worker: two processes start in a fraction of a second.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train_full_sft"])
 
@@ -137,7 +137,7 @@ def sha256(path: Path) -> str:
 
 
 def result_of(save_dir: Path) -> dict[str, Any]:
-    """All that must be equal between two runs: weights, optimizer, position, counters, and every logged number but time."""
+    """All that must be equal between two runs: weights, optimizer, position, and every logged number but time."""
     newest = sorted((save_dir / "checkpoints").glob("step-*"))[-1]
     state = json.loads((newest / "trainer_state.json").read_text())
     records = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]

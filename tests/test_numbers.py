@@ -1,4 +1,4 @@
-"""One step is one number whoever computes it: any split of the same rows over ranks and micro-batches gives the same update."""
+"""Whoever computes it: any split of the same rows over ranks and micro-batches gives the same update."""
 
 import os
 
@@ -12,7 +12,7 @@ COUNTS = [7, 0, 1, 3, 12, 2]
 
 
 def batches_of(rows: list[int], batch_size: int) -> list[dict]:
-    """Micro-batches of the numbered rows; -1 is a filler. Row r is one document of 16 tokens, the last COUNTS[r] supervised."""
+    """Micro-batches of numbered rows (-1: a filler); row r is one document of 16 tokens, the last COUNTS[r] count."""
     import numpy as np
 
     from dataset.rows import Document, collate
@@ -37,7 +37,7 @@ def mean_of_means(model, batch):
 
 
 def weights_after(rank, world_size, port, split, wrong, queue):
-    """Five float64 AdamW steps over COUNTS' rows; `split` lists each rank's rows, cut into micro-batches of `batch_size`."""
+    """Five float64 AdamW steps over the rows of COUNTS; `split` = (rows of each rank, rows per micro-batch)."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     from model.decoder import DecoderConfig
@@ -51,7 +51,9 @@ def weights_after(rank, world_size, port, split, wrong, queue):
 
     torch.set_num_threads(1)
     objective = mean_of_means if wrong else sft_objective
-    config = DecoderConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = DecoderConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
     processes = start_processes("cpu", 30)
     model = build_model(config, seed=0).double().train()
     (filler,) = batches_of([-1], 1)
@@ -117,7 +119,9 @@ def test_the_mean_of_means_would_be_seen(reference):
 
 def count_exchanges(rank, port, queue):
     """How often DDP reduces gradients in one step of three micro-batches."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     from trainer_utils import close_processes, gradient_sync, parallelize, start_processes

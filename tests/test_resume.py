@@ -155,7 +155,9 @@ def test_more_epochs_go_on_when_the_change_is_named(tmp_path, rows):
     assert epochs == [1, 2, 3]
 
 
-@pytest.mark.parametrize("workers", [{"num_workers": 2, "persistent_workers": True}, {"num_workers": 1, "prefetch_factor": 4}])
+@pytest.mark.parametrize(
+    "workers", [{"num_workers": 2, "persistent_workers": True}, {"num_workers": 1, "prefetch_factor": 4}]
+)
 def test_workers_do_not_change_the_result(tmp_path, rows, workers):
     flags = {"data_path": str(rows)}
     assert train(1, tmp_path / "plain", **flags) == [0]

@@ -1,1 +1,1 @@
-"""Whatever a run needs that must work without a process group: settings, schedules, records, the file half of checkpoints."""
+"""What a run needs that works without a process group: settings, schedules, records, the file half of checkpoints."""

@@ -75,7 +75,7 @@ def write_manifest(directory: Path, step: int) -> None:
 def verify(directory: Path) -> dict[str, Any]:
     """The manifest of a whole checkpoint. Raises CheckpointError naming the first file that is not as written."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         version, step = manifest["format_version"], manifest["step"]
         files = [(entry["name"], entry["size"], entry["sha256"]) for entry in manifest["files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -192,7 +192,8 @@ def refuse_existing_run(save_dir: Path, resumes: bool, overwrite: bool) -> None:
 
 
 def read_trainer_state(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))
+    state: dict[str, Any] = json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def refuse_changes(saved: dict[str, Any], current: dict[str, Any], allowed: list[str]) -> list[str]:

@@ -46,7 +46,9 @@ def flag(
 ) -> Any:
     """A dataclass field that is also a command line flag; `above` is an exclusive lower bound."""
     bounds = {"minimum": minimum, "maximum": maximum, "above": above}
-    return field(default=default, metadata={"help": help, "group": group, "choices": choices, "interval": interval, **bounds})
+    return field(
+        default=default, metadata={"help": help, "group": group, "choices": choices, "interval": interval, **bounds}
+    )
 
 
 @dataclass
@@ -208,7 +210,7 @@ def _convert(name: str, value: Any, plain: type, optional: bool) -> Any:
         raise ValueError(f"--{name} {value}: not {kind}") from None
 
 
-def _field_problems(f: dataclasses.Field, value: Any) -> list[str]:
+def _field_problems(f: dataclasses.Field[Any], value: Any) -> list[str]:
     m = f.metadata
     if value is None:
         return []
@@ -238,19 +240,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line wins")
     parser.add_argument("--print_config", action="store_true", help="print the resulting configuration and exit")
-    groups = {}
+    groups: dict[str, argparse._ArgumentGroup] = {}
     types = _types()
     for f in dataclasses.fields(Config):
-        group = groups.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
-        groups[f.metadata["group"]] = group
+        title = f.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
         plain, _ = types[f.name]
         text = f.metadata["help"].replace("%", "%%")
         if f.default is not None and f.default != "":
-            text += f" (default {int(f.default) if plain is bool else f.default})"
+            text += f" (default {int(plain(f.default)) if plain is bool else f.default})"
         metavar = {bool: "0|1", int: "N", float: "X", str: "|".join(f.metadata["choices"]) or "TEXT"}[plain]
         # Flags of 0/1 also work bare; --from_resume is one of them although it takes a path too.
-        bare = {"nargs": "?", "const": "1"} if plain is bool or f.name == "from_resume" else {}
-        group.add_argument(f"--{f.name}", metavar=metavar, help=text, default=argparse.SUPPRESS, **bare)
+        bare: dict[str, Any] = {"nargs": "?", "const": "1"} if plain is bool or f.name == "from_resume" else {}
+        groups[title].add_argument(f"--{f.name}", metavar=metavar, help=text, default=argparse.SUPPRESS, **bare)
     return parser
 
 
@@ -261,12 +264,14 @@ def read_yaml(path: str) -> dict[str, Any]:
     class StrictLoader(yaml.SafeLoader):
         """Refuses a key given twice, which plain YAML loading resolves in silence."""
 
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
         keys = [loader.construct_object(key) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"{key} is given twice")
-        return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
+        return {
+            key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)
+        }
 
     StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:

@@ -5,6 +5,7 @@ A sink that fails is reported once and dropped: training never dies of its repor
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
+
 
 def strict(record: dict[str, Any]) -> dict[str, Any]:
     """The record with non-finite floats as null plus a list of their keys: strict JSON has no NaN."""
@@ -44,11 +46,11 @@ class WandbSink:
             self.run.log(numbers, step=record["step"])
 
     def close(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 class MetricsLog:
-    """metrics.jsonl: one record per event, appended and flushed; `start` cuts it back to the step that a run resumes at."""
+    """metrics.jsonl: one record per line, appended; `start` cuts it back to the step that a run resumes at."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -70,7 +72,7 @@ class MetricsLog:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
         for sink in list(self.sinks):
-            self._guarded(sink, lambda sink=sink: sink.log(record))
+            self._guarded(sink, functools.partial(sink.log, record))
 
     def close(self) -> None:
         for sink in list(self.sinks):

@@ -1,4 +1,4 @@
-"""What a run says while it runs: state.json, the lines on screen, the records of steps and epochs. Rank 0 alone speaks."""
+"""What a run says while it runs: state.json, lines on screen, records of steps and epochs. Rank 0 alone speaks."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class RunRecords:
             rates["train/mfu"] = done / self.peak_flops
         eta = (plan.total_steps - state.step) * rates["train/seconds_per_step"]
         epoch_eta = -(-(plan.num_rows - state.rows) // plan.window_rows) * rates["train/seconds_per_step"]
-        counts = {"train/tokens": state.tokens, "train/supervised_tokens": state.supervised_tokens}
+        counts: dict[str, float] = {"train/tokens": state.tokens, "train/supervised_tokens": state.supervised_tokens}
         counts |= {"train/epoch": state.step / plan.steps_per_epoch, "train/overflows": state.overflows}
         times = {"eta_seconds": eta, "epoch_eta_seconds": epoch_eta}
         self.metrics.write("train", state.step, **values, **counts, **rates, **times)

@@ -1,0 +1,114 @@
+"""The files of checkpoints: published whole, verified before use, kept and retired."""
+
+import json
+import os
+
+import pytest
+
+from training.checkpoints import CheckpointError, CheckpointStore, refuse_changes, verify
+
+
+def publish(store, step, content=b"weights"):
+    directory = store.begin(step)
+    (directory / "model-00001-of-00001.safetensors").write_bytes(content)
+    (directory / "trainer_state.json").write_text(json.dumps({"step": step}))
+    return store.publish(step)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CheckpointStore(tmp_path / "checkpoints", keep_last=2)
+
+
+def test_the_last_n_are_kept_and_nothing_temporary_stays(store):
+    for step in (3, 6, 9):
+        publish(store, step)
+    assert sorted(os.listdir(store.directory)) == ["step-00000006", "step-00000009"]
+    assert sorted(os.listdir(store.path(9))) == [
+        "manifest.json",
+        "model-00001-of-00001.safetensors",
+        "trainer_state.json",
+    ]
+
+
+def test_a_save_that_was_cut_short_does_not_count_and_is_swept(store):
+    publish(store, 3)
+    (store.begin(6) / "model-00001-of-00001.safetensors").write_bytes(b"half")
+    assert store.newest_verified(pytest.fail) == store.path(3)
+    publish(store, 9)
+    assert sorted(os.listdir(store.directory)) == ["step-00000003", "step-00000009"]
+
+
+def test_directories_of_others_are_left_alone(store):
+    publish(store, 3)
+    (store.directory / "step-old").mkdir()
+    (store.directory / "notes.txt").write_text("mine")
+    for step in (6, 9):
+        publish(store, step)
+    assert {"step-old", "notes.txt"} < set(os.listdir(store.directory))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def rename_listed(directory, name):
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["files"][0]["name"] = name
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+DAMAGE = {
+    "a flipped bit": lambda d: flip(d / "model-00001-of-00001.safetensors"),
+    "a truncated file": lambda d: os.truncate(d / "model-00001-of-00001.safetensors", 3),
+    "a zeroed file": lambda d: (d / "model-00001-of-00001.safetensors").write_bytes(bytes(7)),
+    "a deleted file": lambda d: (d / "trainer_state.json").unlink(),
+    "no manifest": lambda d: (d / "manifest.json").unlink(),
+    "an empty manifest": lambda d: (d / "manifest.json").write_text(""),
+    "a manifest of nothing": lambda d: (d / "manifest.json").write_text(
+        '{"format_version": 1, "step": 6, "files": []}'
+    ),
+    "a manifest that is a list": lambda d: (d / "manifest.json").write_text("[]"),
+    "another step": lambda d: os.rename(d, d.with_name("step-00000007")),
+    "a path outside": lambda d: rename_listed(d, "../step-00000003/trainer_state.json"),
+    "a symbolic link": lambda d: (
+        (d / "trainer_state.json").rename(d / "elsewhere"),
+        (d / "trainer_state.json").symlink_to("elsewhere"),
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found_and_the_one_before_is_taken(store, damage):
+    publish(store, 3)
+    publish(store, 6)
+    assert store.newest_verified(pytest.fail) == store.path(6)
+    DAMAGE[damage](store.path(6))
+    warnings = []
+    assert store.newest_verified(warnings.append) == store.path(3)
+    assert "step-0000000" in warnings[0]
+
+
+def test_if_all_are_damaged_nothing_starts_afresh_in_silence(store):
+    assert store.newest_verified(pytest.fail) is None
+    publish(store, 3)
+    flip(store.path(3) / "trainer_state.json")
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
+        store.newest_verified(lambda message: None)
+
+
+def test_a_newer_format_is_refused(store):
+    path = publish(store, 3)
+    manifest = json.loads((path / "manifest.json").read_text()) | {"format_version": 99}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="format 99"):
+        verify(path)
+
+
+def test_changes_are_shown_with_both_values():
+    assert refuse_changes({"seed": 1, "data": "a"}, {"seed": 1, "data": "a"}, []) == []
+    assert refuse_changes({"seed": 1, "data": "a"}, {"seed": 2, "data": "a"}, ["seed"]) == ["seed"]
+    with pytest.raises(ValueError, match="data: the checkpoint has a, this run b"):
+        refuse_changes({"seed": 1, "data": "a"}, {"seed": 2, "data": "b"}, ["seed"])
