@@ -26,8 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
-from dataset.load import RunData, load_rows
+from dataset.chat import show
+from dataset.load import RunData, load_rows, make_loader
 from dataset.prepare import DataOptions
 from dataset.reader import DataError
 from dataset.rows import FILLER, PackedRows, collate
@@ -69,7 +71,7 @@ from training.environment import describe_environment
 from training.metrics import WandbSink
 from training.optimizers import make_optimizer
 from training.plan import Plan, identity_of, make_plan
-from training.records import Meter, RunRecords, peak_flops
+from training.records import Meter, RunRecords, duration, peak_flops
 from training.state import LoopState
 from training.sums import Sums, token_means
 
@@ -302,7 +304,28 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         state = LoopState.from_dict(saved["loop"], processes.is_main)
         logger.info("resumed from %s%s", checkpoint, f", changed: {', '.join(changed)}" if changed else "")
 
-    # 6. Records
+    # 6. Order of rows
+    sampler = RowSampler(
+        len(data.train), rank=processes.rank, world_size=processes.world_size, seed=config.seed,
+        window_rows=window_rows, slots=micro_batches * config.batch_size,
+    )  # fmt: skip
+    batches = SkipBatchSampler(sampler, config.batch_size)
+    loading = {
+        "num_workers": config.num_workers, "prefetch_factor": config.prefetch_factor,
+        "persistent_workers": config.persistent_workers, "pin_memory": config.pin_memory and processes.device.type == "cuda",
+    }  # fmt: skip
+    loader = make_loader(data.train, batches, **loading)
+    held_out = None
+    if data.held_out:
+        in_order = RowSampler(
+            len(data.held_out), rank=processes.rank, world_size=processes.world_size, shuffle=False,
+            window_rows=config.batch_size * processes.world_size, slots=config.batch_size,
+        )  # fmt: skip
+        held_out = make_loader(data.held_out, SkipBatchSampler(in_order, config.batch_size), **loading)
+    if config.dry_run:
+        return rehearse(learner, loader, micro_batches, plan, tokenizer)
+
+    # 7. Records
     records = RunRecords(save_dir, processes.is_main)
     records.flops_per_token = (6.0 * body, 6.0 * head)
     device_name = device_name_of(processes.device)
@@ -321,7 +344,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
             describe_environment(device_name, processes.world_size, torch.get_num_threads()),
         )
         if config.reports_to_wandb:
-            records.metrics.sinks.append(WandbSink(config.wandb_project, wandb_id, save_dir, asdict(resolved)))
+            records.metrics.follow(lambda: WandbSink(config.wandb_project, wandb_id, save_dir, asdict(resolved)))
     saved_step = state.step if checkpoint else -1
 
     def save() -> None:
@@ -349,14 +372,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         records.log_eval(state, results)
         return results
 
-    # 7. Epochs
-    sampler = RowSampler(
-        len(data.train), rank=processes.rank, world_size=processes.world_size, seed=config.seed,
-        window_rows=window_rows, slots=micro_batches * config.batch_size,
-    )  # fmt: skip
-    batches = SkipBatchSampler(sampler, config.batch_size)
-    loader = make_loader(data.train, batches, config, processes.device)
-    held_out = held_out_loader(data.held_out, config, processes) if data.held_out else None
+    # 8. Epochs
     reason = None
     with records.running(state, plan), SignalFlags() as signals:
         if config.eval_at_start and state.step == 0:
@@ -371,7 +387,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
             if reason:
                 break
 
-        # 8. Close
+        # 9. Close
         if reason is None and processes.is_main:
             card = model_card(asdict(resolved), data.report, records.last_eval, state.step)
             export_model(save_dir / "final", model, tokenizer_dir, dtype=getattr(torch, config.export_dtype), card=card)
@@ -383,7 +399,31 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     return {"status": "stopped" if reason else "completed", "step": state.step, **records.last_eval}
 
 
-def load_data(config: Config, tokenizer: Any, owner: bool) -> RunData:
+def rehearse(
+    learner: Learner, loader: DataLoader, micro_batches: int, plan: Plan, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, Any]:
+    """--dry_run: show one sample with its mask, and train two steps that nobody keeps to tell what the run will need."""
+    rows, processes = loader.dataset, learner.processes
+    logger.info("\nthe first sample, supervised tokens in colour:\n%s", show(*rows.store.tokens(0), tokenizer))
+    seconds = math.nan
+    for step, (window, problem) in enumerate(itertools.islice(fetch_windows(loader, micro_batches), 2), start=1):
+        if problem:
+            raise problem
+        (supervised,) = processes.sum_ints([sum(len(batch["targets"]) for batch in window)])
+        started = time.perf_counter()
+        train_step(learner, window, step, plan.lr(1), supervised, LoopState())
+        seconds = time.perf_counter() - started
+    logger.info(
+        "\n%d epochs x %d steps = %d steps of %d rows (%d micro-batches per rank), about %.2f s each: %s in all; "
+        "peak memory so far %.2f GiB per process. Nothing was saved.",
+        plan.epochs, plan.steps_per_epoch, plan.total_steps, plan.window_rows, micro_batches, seconds,
+        duration(seconds * plan.total_steps), peak_memory_bytes(processes.device) / 2**30,
+    )  # fmt: skip
+    close_processes(processes)
+    return {"status": "completed", "step": 0}
+
+
+def load_data(config: Config, tokenizer: PreTrainedTokenizerFast, owner: bool) -> RunData:
     options = DataOptions(
         prompt_field=config.prompt_field, response_field=config.response_field, system_field=config.system_field,
         max_seq_len=config.max_seq_len, overlong=config.overlong, bad_rows=config.bad_rows,
@@ -394,35 +434,12 @@ def load_data(config: Config, tokenizer: Any, owner: bool) -> RunData:
     )  # fmt: skip
 
 
-def make_loader(rows: PackedRows, batches: SkipBatchSampler, config: Config, device: torch.device) -> DataLoader:
-    """Workers and pinned memory change the speed of batches, never their content or order."""
-    workers = {"prefetch_factor": config.prefetch_factor, "persistent_workers": config.persistent_workers}
-    return DataLoader(
-        rows,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=config.num_workers,
-        pin_memory=config.pin_memory and device.type == "cuda",
-        **(workers if config.num_workers else {}),
-    )
-
-
-def held_out_loader(rows: PackedRows, config: Config, processes: Processes) -> DataLoader:
-    """Every held-out row once, in order, shared out over the ranks."""
-    window_rows = config.batch_size * processes.world_size
-    sampler = RowSampler(
-        len(rows), rank=processes.rank, world_size=processes.world_size,
-        window_rows=window_rows, slots=config.batch_size, shuffle=False,
-    )  # fmt: skip
-    return make_loader(rows, SkipBatchSampler(sampler, config.batch_size), config, processes.device)
-
-
 def main(config: Config) -> int:
     """Run and turn what went wrong into one message and an exit code that says what kind of thing it was."""
     try:
         summary = run(config)
     except tuple(EXIT_CODES) as error:
-        logger.error("error: %s", error)
+        logger.error("error: %s", error if environment_rank()[0] == 0 else str(error).splitlines()[0])
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except Exception:
         logger.exception("stopped by an error")

@@ -75,22 +75,50 @@ class ChatRenderer:
         """Renders a conversation up to its last assistant turn and cuts it where supervision begins and ends."""
         messages, tools, spelled = self._hide_spelled(messages, tools)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        whole = self._apply(messages[: turns[-1] + 1], tools)
+        messages = messages[: turns[-1] + 1]
+        whole = self._apply(messages, tools)
+        stretches = self._cut(messages, tools, whole)
+        self._refuse_escaped(whole, spelled)
+        return RenderedChat(stretches, spelled)
+
+    def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
+        """Returns the ids after which the model writes its next message, as training has them before that answer.
+
+        Where the template renders earlier answers otherwise than they were written, the text is encoded in one piece.
+        """
+        messages, tools, spelled = self._hide_spelled(messages, tools)
+        whole = self._apply(messages, tools, generation_prompt=True)
+        try:
+            stretches = self._cut(messages, tools, whole)
+        except RowError:
+            stretches = []
+        self._refuse_escaped(whole, spelled)
+        done = sum(len(text) for text, _ in stretches)
+        (sample,) = self._encode([RenderedChat([*stretches, (whole[done:], False)], spelled)])
+        if isinstance(sample, RowError):
+            raise sample
+        return sample.ids.tolist()
+
+    def _cut(self, messages: list[Message], tools: Tools, whole: str) -> list[tuple[str, bool]]:
+        """Cuts the rendered messages into stretches, of which the last one ends with the last assistant turn."""
         stretches, done = [], 0
-        for turn in turns:
+        for turn in (index for index, message in enumerate(messages) if message["role"] == "assistant"):
             start = self._prefix_length(messages[:turn], tools, whole, generation_prompt=True)
             # Without this bound, a turn that the template leaves open would reach into the next message.
-            bound = self._prefix_length(messages[: turn + 1], tools, whole) if turn != turns[-1] else len(whole)
+            last = turn == len(messages) - 1
+            bound = len(whole) if last else self._prefix_length(messages[: turn + 1], tools, whole)
             end = whole.find(self.end_of_turn, start, bound)
             if end < 0:
                 raise RowError("NO_END_OF_TURN", f"the template does not end message {turn} with {self.end_of_turn!r}")
             end += len(self.end_of_turn)
             stretches += [(whole[done:start], False), (whole[start:end], True)]
             done = end
+        return stretches
+
+    def _refuse_escaped(self, whole: str, spelled: dict[str, str]) -> None:
         for stand_in, token in spelled.items():
             if any(escaped in whole for escaped in (json.dumps(stand_in)[1:-1], repr(stand_in)[1:-1])):
                 raise RowError("SPECIAL_TEXT", f"the template escapes characters next to {token!r} in the text")
-        return RenderedChat(stretches, spelled)
 
     def _learn_control_tokens(self) -> None:
         """Collects what must never come out of a message's text: special tokens and those that the template writes.

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerFast
 
 from dataset.demo import write_demo
 from dataset.packing import plan_rows
 from dataset.prepare import DataOptions, prepare, split
-from dataset.rows import PackedRows
+from dataset.rows import PackedRows, collate
 from dataset.store import TokenStore
 
 DEMO = "demo"
@@ -60,6 +61,22 @@ def load_rows(
     return RunData(train, val, report, identity)
 
 
+def make_loader(
+    rows: PackedRows,
+    batches: Sampler[list[int]],
+    *,
+    num_workers: int,
+    prefetch_factor: int,
+    persistent_workers: bool,
+    pin_memory: bool,
+) -> DataLoader:
+    """Batches of rows; workers and pinned memory change their speed, never their content or order."""
+    workers = {"prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers} if num_workers else {}
+    return DataLoader(
+        rows, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory, **workers
+    )
+
+
 def _pack(
     store: TokenStore, samples: np.ndarray | None, options: DataOptions, echo: Callable[[str], None]
 ) -> PackedRows:
@@ -72,7 +89,8 @@ def _pack(
 
 
 def _ledger(rows: PackedRows) -> dict[str, Any]:
-    packing = {"samples": len(rows.samples), "rows": len(rows), "packing_efficiency": rows.plan.efficiency}
+    tokens = int(rows.store.lengths[rows.samples].sum())
+    packing = {"samples": len(rows.samples), "tokens": tokens, "rows": len(rows), "efficiency": rows.plan.efficiency}
     return {**rows.store.report, "packing": packing}
 
 

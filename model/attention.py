@@ -1,4 +1,4 @@
-"""Attention that knows document boundaries: one function for the built-in decoder and for transformers' models."""
+"""How tokens see each other: rotary positions, and attention that knows the boundaries of packed documents."""
 
 import inspect
 
@@ -9,6 +9,25 @@ from torch.nn.attention.varlen import varlen_attn
 
 # Since torch 2.12 grouped heads need a flag that 2.11 does not know.
 _VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (T, 1, head_dim / 2) of the rotary angles (Su et al. 2021).
+
+    In float32 for every model, float64 ones included, because transformers does so and weights were trained with it.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    angles = position_ids.float()[:, None, None] * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of x (T, heads, head_dim), the half-split order of Hugging Face weights.
+
+    The result is at least as wide as the angles; attention narrows it where its kernel wants that.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def document_attention(
@@ -33,15 +52,13 @@ def document_attention(
     """
     longest = max(document_lengths)
     window = None if window is None or window >= longest else window
-    if not (dropout or softcap or sinks is not None) and _varlen_applies(q, v):
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        return _varlen(q, k, v, cu_seqlens, longest, scale, -1 if window is None else window - 1)
+    # On a CPU float32 throughout: its kernel is three times slower in bfloat16 where the CPU lacks the instructions.
     dtype = v.dtype
-    if not q.is_cuda:
-        # Half precision is slower than float32 in the CPU kernel (3 times without bfloat16 instructions), and worse.
-        wide = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
-        q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    outputs = []
+    work = dtype if q.is_cuda else torch.promote_types(dtype, torch.float32)
+    q, k, v = q.to(work), k.to(work), v.to(work)
+    if not (dropout or softcap or sinks is not None) and _varlen_applies(q, v):
+        return _varlen(q, k, v, cu_seqlens, longest, scale, -1 if window is None else window - 1)
+    grouped, outputs = q.shape[1] != k.shape[1], []
     with torch.autocast(q.device.type, enabled=False):
         # split, not slicing: its backward writes one gradient of T tokens instead of one per document.
         for parts in zip(q.split(document_lengths), k.split(document_lengths), v.split(document_lengths), strict=True):
@@ -51,7 +68,7 @@ def document_attention(
             else:
                 mask = None if window is None else _visible(one_q.shape[2], window, q.device)
                 output = F.scaled_dot_product_attention(
-                    one_q, one_k, one_v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=True
+                    one_q, one_k, one_v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
                 )
             outputs.append(output.squeeze(0).transpose(0, 1))
     return torch.cat(outputs).to(dtype)
@@ -70,7 +87,7 @@ def _varlen(
 
 
 def _varlen_applies(q: Tensor, v: Tensor) -> bool:
-    """Whether the variable-length kernel takes q: half precision on an Ampere or later GPU, head_dim a multiple of 8."""
+    """Whether the variable-length kernel takes q: half precision, Ampere or later, head_dim a multiple of 8."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] != v.shape[-1]:
         return False
     return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
@@ -95,12 +112,13 @@ def _written_out(
     """One document's attention in plain operations, for what no fused kernel here offers: soft caps and sinks."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = (q @ k.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~_visible(q.shape[2], window, q.device), -torch.inf)
     if sinks is not None:
-        sink = sinks.float().view(1, -1, 1, 1).expand(-1, -1, q.shape[2], 1)
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(-1, -1, q.shape[2], 1)
         scores = torch.cat([scores, sink], dim=-1)
     weights = scores.softmax(-1)[..., : q.shape[2]].to(v.dtype)
     return F.dropout(weights, dropout) @ v

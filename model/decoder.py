@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import document_attention
+from model.attention import document_attention, rotary_angles, rotate
 from model.losses import Terms, supervised_terms
+from model.norm import RMSNorm
 
-# (q (T, heads, head_dim), k (T, kv_heads, head_dim), v like k) -> (T, heads, head_dim). A layer does not know whether
-# its tokens are packed training documents or one new token of each cached sequence: this function does.
+# (q (T, heads, head_dim), k (T, kv_heads, head_dim), v like k) -> (T, heads, head_dim) in the type of v. A layer does
+# not know whether its tokens are packed documents or one new token of each cached sequence: this function does.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -27,7 +29,7 @@ class DecoderConfig:
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
     num_key_value_heads: int | None = None  # half of num_attention_heads where that is whole
-    head_dim: int | None = None
+    head_dim: int | None = None  # hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     max_position_embeddings: int = 32768
@@ -36,90 +38,48 @@ class DecoderConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        heads = max(self.num_attention_heads, 1)
+        heads = self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = math.ceil(self.hidden_size * 3.25 / 64) * 64
         if self.num_key_value_heads is None:
             self.num_key_value_heads = heads // 2 if heads % 2 == 0 else heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // heads
-        self._validate()
-
-    def _validate(self) -> None:
-        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        positive += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta")
-        problems = [f"{name} must be positive, got {getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
-        if self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads:
-            problems.append(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
+            self.head_dim = self.hidden_size // max(heads, 1)
+        positive = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        positive += ["num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings"]
+        wrong = [f"{name} {getattr(self, name)} is not positive" for name in positive if getattr(self, name) <= 0]
+        if not wrong and heads % self.num_key_value_heads:
+            wrong.append(
+                f"num_attention_heads {heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
-            problems.append(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
+        if not wrong and self.hidden_size % heads:
+            wrong.append(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
         if self.head_dim % 2:
-            problems.append(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        if not 0.0 <= self.dropout < 1.0:
-            problems.append(f"dropout must be in [0, 1), got {self.dropout}")
-        if not 0.0 < self.initializer_range < 1.0:
-            problems.append(f"initializer_range must be in (0, 1), got {self.initializer_range}")
-        if problems:
-            raise ValueError("impossible model shape: " + "; ".join(problems))
+            wrong.append(f"head_dim {self.head_dim} is odd, and rotary positions turn pairs")
+        if not 0 <= self.dropout < 1:
+            wrong.append(f"dropout {self.dropout} is not in [0, 1)")
+        if not 0 < self.initializer_range < 1:
+            wrong.append(f"initializer_range {self.initializer_range} is not in (0, 1)")
+        if wrong:
+            raise ValueError("impossible model shape: " + "; ".join(wrong))
 
 
-class Linear(nn.Linear):
-    """A bias-free projection whose weight stays unset until `Decoder.initialise` or a loader fills it."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Draw nothing: construction must not consume the global generator."""
-
-
-class Embedding(nn.Embedding):
-    """A token table whose weight stays unset until `Decoder.initialise` or a loader fills it."""
-
-    def reset_parameters(self) -> None:
-        """Draw nothing: construction must not consume the global generator."""
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def rotary_angles(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, 1, head_dim / 2) of the rotary angles (Su et al. 2021), computed in at least float32."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).to(wide) / head_dim
-    angles = position_ids.to(wide)[:, None, None] * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of x (T, heads, head_dim): the half-split order of Hugging Face weights."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+def projection(inputs: int, outputs: int) -> nn.Module:
+    """A linear map without bias; unset, since building a model must not consume the global generator."""
+    return skip_init(nn.Linear, inputs, outputs, bias=False)
 
 
 class SelfAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, query_size)
-        self.k_proj = Linear(config.hidden_size, key_size)
-        self.v_proj = Linear(config.hidden_size, key_size)
-        self.o_proj = Linear(query_size, config.hidden_size)
+        self.q_proj = projection(config.hidden_size, query_size)
+        self.k_proj = projection(config.hidden_size, key_size)
+        self.v_proj = projection(config.hidden_size, key_size)
+        self.o_proj = projection(query_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -131,15 +91,17 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = projection(config.hidden_size, config.intermediate_size)
+        self.up_proj = projection(config.hidden_size, config.intermediate_size)
+        self.down_proj = projection(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config)
@@ -149,55 +111,58 @@ class Layer(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        mixed = self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        x = x + F.dropout(mixed, self.dropout, self.training)
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), cos, sin, attend), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
 
 
 class Body(nn.Module):
-    """Everything below the vocabulary projection; exists so that parameter names equal those of LlamaForCausalLM."""
+    """All below the vocabulary projection; a module of its own so that names equal those of LlamaForCausalLM."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = skip_init(nn.Embedding, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Decoder(nn.Module):
-    """A dense Llama-family language model over a flat sequence of documents; its weights are unset until filled."""
+    """A dense Llama-family language model over documents laid end to end; its weights are unset until filled."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self._recomputes_layers = False
         self.model = Body(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = projection(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Fill the weights from a CPU generator, in parameter order, so that the device and the global seed play no part.
+        """Fill all weights from a CPU generator in parameter order, so that no device and no global seed plays a part.
 
-        Normal(0, initializer_range); the two projections that write into the residual stream are divided by
-        sqrt(2 x layers), which keeps its variance independent of depth (Radford et al. 2019).
+        Normal(0, initializer_range); the projections that write into the residual stream are divided by
+        sqrt(2 x layers), which keeps its variance independent of the depth (Radford et al. 2019).
         """
-        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
-            else:
-                std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else self.config.initializer_range
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+                continue
+            writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            depth = 2 * self.config.num_hidden_layers if writes_residual else 1
+            draw = torch.empty(parameter.shape).normal_(0.0, 1.0, generator=generator)
+            parameter.copy_(draw * (self.config.initializer_range / math.sqrt(depth)))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only each layer's input for the backward pass and compute the rest again."""
+        self._recomputes_layers = True
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attends: Sequence[Attend]) -> Tensor:
         """Final normalised states (T, hidden) of T tokens; `attends` holds one attention function per layer."""
-        x = self.model.embed_tokens(input_ids)
-        x = F.dropout(x, self.config.dropout, self.training)
-        cos, sin = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+        x = F.dropout(self.model.embed_tokens(input_ids), self.config.dropout, self.training)
+        cos, sin = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         for layer, attend in zip(self.model.layers, attends, strict=True):
-            if self.gradient_checkpointing and self.training:
+            if self._recomputes_layers and self.training:
                 x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, attend)
@@ -218,11 +183,11 @@ class Decoder(nn.Module):
         return list(self.model.layers)
 
     def parameter_counts(self) -> tuple[int, int]:
-        """(body, head): weights that work on every input token, and those that work on supervised positions only.
+        """(body, head): weights that multiply every input token, and those that multiply supervised positions only.
 
-        The training cost of a batch is 6 x body x tokens + 6 x head x supervised tokens floating-point operations,
-        attention scores not counted. The embedding is a look-up and costs none, unless tied: then it is the head.
+        Training costs 6 x body x tokens + 6 x head x supervised tokens floating-point operations, attention scores not
+        counted. Looking up an embedding costs none.
         """
+        total = sum(parameter.numel() for parameter in self.parameters())
         head = self.lm_head.weight.numel()
-        embedding = 0 if self.config.tie_word_embeddings else head
-        return sum(p.numel() for p in self.parameters()) - head - embedding, head
+        return total - head * (1 if self.config.tie_word_embeddings else 2), head

@@ -63,7 +63,7 @@ def export_model(
 
 
 def config_json(config: DecoderConfig, special: dict[str, int | None], dtype: torch.dtype) -> dict:
-    """The config.json of a decoder as LlamaForCausalLM, in the words of transformers 5 and, where they differ, of 4 too."""
+    """The config.json of a decoder as LlamaForCausalLM, readable by transformers 5 and 4.57."""
     shape = {name: value for name, value in asdict(config).items() if name != "dropout"}
     dtype_name = str(dtype).removeprefix("torch.")
     return {
@@ -122,7 +122,7 @@ def _write_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerFast", target: 
 
 
 def _special_ids(directory: Path) -> dict[str, int | None]:
-    """The ids of the bos, eos and pad tokens that the tokenizer files in a directory name; null where they name none."""
+    """The ids of the bos, eos and pad tokens named by a directory's tokenizer files; null where they name none."""
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     ids: dict[str, int | None] = {}

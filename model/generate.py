@@ -99,7 +99,7 @@ def _tokens(
             yield from zip(rows[live].tolist(), tokens[live].tolist(), strict=True)
             if not live.any() or step == max_new_tokens - 1:
                 return
-            if live.sum() <= len(live) // 2:  # copying the cache for every sequence that ends would cost more than it saves
+            if live.sum() <= len(live) // 2:  # each time one sequence ends, the copying would cost more than it saves
                 cache.keep(live.nonzero().flatten().to(device))
                 rows, tokens, live = rows[live], tokens[live], live[live]
             logits = cache.step(tokens.to(device))
@@ -110,7 +110,7 @@ def _uniforms(seed: int, count: int) -> Tensor:
 
 
 def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
-    """Next tokens (B,) from logits (B, V); `draws` (B,) in [0, 1) pick from the filtered distribution by its inverse."""
+    """Next tokens (B,) of logits (B, V); `draws` (B,) in [0, 1) pick from the filtered distribution by its inverse."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     ordered, tokens = logits.double().sort(descending=True)
@@ -142,7 +142,7 @@ def _inference(model: Decoder | HFCausalLM) -> Iterator[None]:
 
 
 class DecoderCache:
-    """Keys and values of a built-in decoder, (B, kv_heads, capacity, head_dim) per layer, each row filled to its own length.
+    """Keys and values of a decoder, (B, kv_heads, capacity, head_dim) per layer, each row filled to its own length.
 
     Prompts are packed like training documents, so there is no padding to attend to, and a new token of each sequence
     follows at that sequence's own position.

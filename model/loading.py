@@ -4,7 +4,7 @@ import inspect
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,12 +14,9 @@ from model.attention import document_attention
 from model.decoder import Decoder, DecoderConfig
 from model.losses import Terms, supervised_terms
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 ATTENTION_NAME = "documents"
-PROBE_TOKENS = 7
 NOT_PACKABLE = "this family cannot be packed yet"
+PROBE_TOKENS = 7  # of each of the two documents that a loaded model is tried on
 
 
 def build_model(config: DecoderConfig, seed: int) -> Decoder:
@@ -30,10 +27,10 @@ def build_model(config: DecoderConfig, seed: int) -> Decoder:
 
 
 def load_model(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalLM":
-    """Load float32 weights from a directory or a Hub id: into the built-in decoder where it fits, else through transformers.
+    """Float32 weights of a directory or a Hub id, in the built-in decoder where it fits and through transformers else.
 
-    `dropout` applies to the built-in decoder; other models keep what their own config.json says. Raises ValueError for
-    weights that do not fit their config.json and for families whose documents cannot be kept apart.
+    `dropout` is the decoder's; other models keep what their own config.json says. Raises ValueError for weights that do
+    not fit their config.json and for families whose packed documents would influence each other.
     """
     config_file = Path(source) / "config.json"
     if config_file.is_file() and is_builtin(json.loads(config_file.read_text(encoding="utf-8"))):
@@ -41,75 +38,69 @@ def load_model(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalL
     return HFCausalLM.from_pretrained(source)
 
 
-def is_builtin(config: dict) -> bool:
-    """Whether a config.json describes what the built-in decoder computes: Llama with plain rotary positions, no biases."""
+def is_builtin(config: dict[str, Any]) -> bool:
+    """Whether a config.json describes what the decoder computes: Llama, no biases, plain rotary positions, SiLU."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return (
         config.get("architectures") == ["LlamaForCausalLM"]
         and config.get("hidden_act", "silu") == "silu"
-        and not config.get("attention_bias", False)
-        and not config.get("mlp_bias", False)
+        and not config.get("attention_bias")
+        and not config.get("mlp_bias")
+        and not config.get("quantization_config")
         and rope.get("rope_type", rope.get("type", "default")) == "default"
-        and config.get("partial_rotary_factor", 1.0) == 1.0
     )
 
 
-def config_from_json(config: dict, dropout: float = 0.0) -> DecoderConfig:
-    """The decoder's configuration in a config.json that `is_builtin` accepts, with transformers' defaults for what is absent."""
-    defaults = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048}
-    rope_theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 10000.0))
+def decoder_config(config: dict[str, Any], dropout: float = 0.0) -> DecoderConfig:
+    """The shape in a config.json that `is_builtin` accepts, with LlamaConfig's defaults for what it leaves out."""
+    values: dict[str, Any] = {
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "num_key_value_heads": config["num_attention_heads"],
+    }
     known = {field.name for field in fields(DecoderConfig)}
-    values = defaults | {name: value for name, value in config.items() if name in known}
-    if values.get("num_key_value_heads") is None:
-        values["num_key_value_heads"] = config["num_attention_heads"]
-    return DecoderConfig(**values | {"rope_theta": rope_theta, "dropout": dropout})
+    values |= {name: value for name, value in config.items() if name in known and value is not None}
+    values |= {"rope_theta": (config.get("rope_parameters") or config).get("rope_theta", 10000.0), "dropout": dropout}
+    return DecoderConfig(**values)
 
 
 def load_pretrained(directory: str | Path, dropout: float = 0.0) -> Decoder:
-    """Load an exported directory (config.json and safetensors) into the built-in decoder, in float32."""
+    """An exported directory (config.json and model*.safetensors) in the built-in decoder, in float32."""
     directory = Path(directory)
-    config = config_from_json(json.loads((directory / "config.json").read_text(encoding="utf-8")), dropout)
-    files = sorted(directory.glob("*.safetensors"))
+    config = decoder_config(json.loads((directory / "config.json").read_text(encoding="utf-8")), dropout)
+    files = sorted(directory.glob("model*.safetensors"))
     if not files:
-        raise ValueError(f"{directory} has a config.json but no .safetensors weights")
+        raise ValueError(f"{directory} has a config.json and no model.safetensors")
     decoder = Decoder(config)
-    expected = dict(decoder.named_parameters())
-    problems, seen = [], set()
+    missing = dict(decoder.named_parameters())
+    wrong = []
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a safetensors file is not a dict
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - not a dict
                 if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue  # some writers save the tied head twice
-                seen.add(name)
-                if name not in expected:
-                    problems.append(f"unexpected tensor {name}")
-                    continue
-                shape = tuple(tensors.get_slice(name).get_shape())
-                if shape != tuple(expected[name].shape):
-                    problems.append(f"{name} has shape {shape}, config.json asks for {tuple(expected[name].shape)}")
-                    continue
-                expected[name].data.copy_(tensors.get_tensor(name))
-    problems += [f"missing tensor {name}" for name in expected if name not in seen]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"weights in {directory} do not fit the model: {shown}")
+                    continue  # some writers save the tied head a second time
+                parameter = missing.pop(name, None)
+                shape = tuple(stored.get_slice(name).get_shape())
+                if parameter is None:
+                    wrong.append(f"{name} is not part of it")
+                elif shape != tuple(parameter.shape):
+                    wrong.append(f"{name} is {shape} and should be {tuple(parameter.shape)}")
+                else:
+                    parameter.data.copy_(stored.get_tensor(name))
+    wrong += [f"{name} is missing" for name in missing]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"the weights in {directory} do not fit its config.json: {'; '.join(wrong[:5])}{more}")
     return decoder
 
 
-def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a directory or a Hub id, without running code from it."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{source} has a {type(tokenizer).__name__}, which is not built on a tokenizer.json")
-    return tokenizer
-
-
 def _attention_for_transformers(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature, (1, heads, T, head_dim) in and (1, T, heads, head_dim) out, any mask ignored."""
+    """transformers' signature: (1, heads, T, head_dim) in, (1, T, heads, head_dim) out; a mask, if any, is ignored."""
+    if "documents" not in kwargs:
+        raise ValueError(f"{type(module).__name__} is not told the document boundaries: {NOT_PACKABLE}")
     cu_seqlens, document_lengths = kwargs["documents"]
     output = document_attention(
         *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
@@ -125,13 +116,13 @@ def _attention_for_transformers(
 
 
 class HFCausalLM(nn.Module):
-    """Any causal language model of transformers behind the decoder's contract, with that model's own parameter names."""
+    """A causal language model of transformers behind the decoder's contract, under its own parameter names."""
 
     def __init__(self, inner: nn.Module) -> None:
-        """`inner` is a PreTrainedModel loaded with attention "documents"; it is probed at once."""
+        """`inner`: a PreTrainedModel loaded with our attention; raises ValueError if it cannot keep documents apart."""
         super().__init__()
         # The inner model's children become our own, and the model itself hides in a tuple, where nn.Module does not
-        # look: so every name in state_dict() and named_parameters() is the inner one, without a prefix.
+        # look: so the names in state_dict() and named_parameters() are the inner ones, without a prefix.
         self._inner = (inner,)
         for name, child in inner.named_children():
             self.add_module(name, child)
@@ -143,26 +134,40 @@ class HFCausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "HFCausalLM":
-        """Load float32 weights from a directory or a Hub id; safetensors only, and no code from the repository."""
+        """Float32 weights of a directory or a Hub id; safetensors only, and no code from the repository."""
         from transformers import AttentionInterface, AutoModelForCausalLM
 
         AttentionInterface.register(ATTENTION_NAME, _attention_for_transformers)
-        inner = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=ATTENTION_NAME, use_safetensors=True, trust_remote_code=False
-        )
+        try:
+            inner, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=torch.float32,
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except OSError as error:
+            raise ValueError(f"no model in {source}: {error}") from None
+        if info["missing_keys"]:  # transformers fills them with random numbers and a warning
+            raise ValueError(f"the weights in {source} lack {', '.join(sorted(info['missing_keys'])[:5])}")
         return cls(inner)
 
     @property
-    def inner(self) -> nn.Module:
+    def inner(self) -> Any:
         return self._inner[0]
 
     @property
-    def config(self):
+    def config(self) -> Any:
         return self.inner.config
 
     def train(self, mode: bool = True) -> "HFCausalLM":
         self.inner.training = mode
         return super().train(mode)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only each layer's input for the backward pass and compute the rest again."""
+        self.inner.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: dict, terms: Terms) -> dict[str, Tensor]:
         """Sums of `terms(logits, positions)` over the supervised positions of a batch of packed documents."""
@@ -174,13 +179,13 @@ class HFCausalLM(nn.Module):
             "documents": (batch["cu_seqlens"], batch["document_lengths"]),
         }
         if self._plain_head:
-            states = self.inner.base_model(**arguments).last_hidden_state[0]
-            return supervised_terms(states[positions], self.inner.get_output_embeddings(), self.vocab_size, terms)
+            states = self.inner.base_model(**arguments).last_hidden_state[0, positions]
+            return supervised_terms(states, self.inner.get_output_embeddings(), self.vocab_size, terms)
         if self._keeps_logits:
             logits = self.inner(**arguments, logits_to_keep=positions).logits[0]
         else:
-            logits = self.inner(**arguments).logits[0][positions]
-        return terms(logits, slice(0, positions.shape[0]))
+            logits = self.inner(**arguments).logits[0, positions]
+        return terms(logits, slice(0, len(positions)))
 
     @property
     def vocab_size(self) -> int:
@@ -192,58 +197,54 @@ class HFCausalLM(nn.Module):
         return [module for module in self.modules() if type(module).__name__ in names]
 
     def parameter_counts(self) -> tuple[int, int]:
-        """(body, head) as the built-in decoder counts them; every expert of a mixture counts as used."""
-        head = self.inner.get_output_embeddings().weight
-        embedding = self.inner.get_input_embeddings().weight
-        total = sum(p.numel() for p in self.parameters())
+        """(body, head) as the decoder counts them; every expert of a mixture counts as used."""
+        embedding, head = self.inner.get_input_embeddings().weight, self.inner.get_output_embeddings().weight
+        total = sum(parameter.numel() for parameter in self.parameters())
         return total - head.numel() - (0 if embedding is head else embedding.numel()), head.numel()
 
 
 @torch.no_grad()
 def _probe(model: HFCausalLM) -> None:
-    """Raise ValueError unless packed documents give the model's own logits for each one, with no influence between them.
+    """Raise ValueError unless a packed document gets the model's own logits and no influence from its neighbour.
 
-    Run once on two tiny documents instead of keeping a list of families: some ignore the attention interface, and some
-    carry state from token to token.
+    One trial instead of a list of families: some never call the attention that they are given, some carry state from
+    token to token, some do more to the scores than they say.
     """
-    first, second, changed = torch.randint(1, model.vocab_size, (3, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    numbers = torch.Generator().manual_seed(0)
+    first, second, changed = torch.randint(1, model.vocab_size, (3, PROBE_TOKENS), generator=numbers)
     training, family = model.training, type(model.inner).__name__
     model.eval()
-    try:
-        packed = _all_logits(model, torch.cat([first, second]), 2)[PROBE_TOKENS:]
-        influenced = _all_logits(model, torch.cat([changed, second]), 2)[PROBE_TOKENS:]
-    except KeyError as error:
-        raise ValueError(f"{family} does not pass the document boundaries to its attention: {NOT_PACKABLE}") from error
-    if not torch.equal(packed, influenced):
-        raise ValueError(f"in {family} one packed document changes the logits of another: {NOT_PACKABLE}")
+    packed = _second_logits(model, first, second)
+    if not torch.equal(packed, _second_logits(model, changed, second)):
+        raise ValueError(f"one packed document changes the logits of another in {family}: {NOT_PACKABLE}")
     model.inner.set_attn_implementation("eager")
-    own = model.inner(input_ids=second[None], use_cache=False).logits[0]
+    alone = model.inner(input_ids=second[None], use_cache=False).logits[0]
     model.inner.set_attn_implementation(ATTENTION_NAME)
-    difference, size = (packed - own).abs().max().item(), own.abs().max().item()
-    if not difference <= 1e-3 * size:
-        raise ValueError(f"{family} gives other logits packed than alone (by {difference:.3g} of {size:.3g}): {NOT_PACKABLE}")
-    base = model.inner.base_model
-    if base is not model.inner:
-        model._plain_head = True  # tried here, kept if nothing happens between the head and the logits (no soft cap, say)
-        model._plain_head = torch.equal(_all_logits(model, torch.cat([first, second]), 2)[PROBE_TOKENS:], packed)
+    difference, size = (packed - alone).abs().max().item(), alone.abs().max().item()
+    if not difference <= 1e-3 * size:  # also false for NaN
+        raise ValueError(f"{family} computes other logits packed than alone ({difference:.2g} off): {NOT_PACKABLE}")
+    if model.inner.base_model is not model.inner:
+        # The head may be applied outside, in chunks, if nothing but the head stands between states and logits.
+        model._plain_head = True
+        model._plain_head = torch.equal(_second_logits(model, first, second), packed)
     model.train(training)
 
 
-def _all_logits(model: nn.Module, input_ids: Tensor, documents: int) -> Tensor:
-    """Logits (T, V) of every position of equally long packed documents."""
-    length = len(input_ids) // documents
-    collected: list[Tensor] = []
+def _second_logits(model: HFCausalLM, first: Tensor, second: Tensor) -> Tensor:
+    """Logits (tokens, V) of the second of two packed documents."""
+    lengths = [len(first), len(second)]
     batch = {
-        "input_ids": input_ids,
-        "position_ids": torch.arange(length).repeat(documents),
-        "cu_seqlens": torch.arange(0, len(input_ids) + 1, length, dtype=torch.int32),
-        "document_lengths": [length] * documents,
-        "supervised_positions": torch.arange(len(input_ids)),
+        "input_ids": torch.cat([first, second]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]),
+        "cu_seqlens": torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32),
+        "document_lengths": lengths,
+        "supervised_positions": torch.arange(lengths[0], sum(lengths)),
     }
+    logits: list[Tensor] = []
 
-    def collect(logits: Tensor, positions: slice) -> dict[str, Tensor]:
-        collected.append(logits)
+    def collect(chunk: Tensor, positions: slice) -> dict[str, Tensor]:
+        logits.append(chunk)
         return {}
 
     model(batch, collect)
-    return torch.cat(collected)
+    return torch.cat(logits)

@@ -19,7 +19,7 @@ MAX_LOGITS = 2**26
 def supervised_terms(
     states: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, terms: Terms
 ) -> dict[str, Tensor]:
-    """Add up `terms` over chunks of states (S, hidden), S = 0 included; the logits of all positions never exist at once."""
+    """Add up `terms` over chunks of states (S, hidden), S = 0 included; all logits never exist at once."""
     rows = max(1, MAX_LOGITS // vocab_size)
     count = states.shape[0]
     if count <= rows:

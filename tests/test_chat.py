@@ -38,7 +38,9 @@ PLAIN = TEMPLATE.replace("ENDGENERATION", "").replace("GENERATION", "")
 TAGGED = TEMPLATE.replace("ENDGENERATION", "{% endgeneration %}").replace("GENERATION", "{% generation %}")
 
 
-def byte_tokenizer(template: str | None = PLAIN, eos: str = "<|im_end|>", **flags: bool) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    template: str | None = PLAIN, eos: str = "<|im_end|>", ignore_merges: bool = False, **flags: bool
+) -> PreTrainedTokenizerFast:
     """Bytes are their own ids, control tokens follow from 256 on; one merge tells joint encoding from separate."""
     letters = [chr(n) for n in (*range(33, 127), *range(161, 173), *range(174, 256))]
     values = [ord(letter) for letter in letters]
@@ -50,7 +52,7 @@ def byte_tokenizer(template: str | None = PLAIN, eos: str = "<|im_end|>", **flag
         "filler": SPACES,
         newline + space: NEWLINE_SPACE,
     }
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(newline, space)]))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(newline, space)], ignore_merges=ignore_merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens(added)
@@ -181,6 +183,7 @@ UNSTABLE = PLAIN.replace("{{- message.content }}", "{{- message.content if loop.
 OPEN = PLAIN.replace("{{- '<|im_end|>' }}", "")
 DATED = "{% if messages[0].role == 'system' %}{{ raise_exception('no system\nrole') }}{% endif %}" + PLAIN
 ESCAPED = PLAIN.replace("{{- message.content + '<|im", "{{- message.content | tojson(ensure_ascii=True) + '<|im")
+LISTED = PLAIN.replace("{{- message.content + '<|im", "{{- [message.content] | string + '<|im")
 SYSTEM = {"role": "system", "content": "x"}
 
 
@@ -189,8 +192,10 @@ SYSTEM = {"role": "system", "content": "x"}
     [
         (UNSTABLE, turns("a", "bc", "d", "e"), "UNSTABLE_TEMPLATE", r"character 51: 'bc<|im_end|>\n' alone, '..."),
         (OPEN, turns("a", "b", "c", "d"), "NO_END_OF_TURN", "does not end message 1 with '<|im_end|>'"),
+        (OPEN, turns("a", "b", "c"), "NO_END_OF_TURN", "does not end message 1 with '<|im_end|>'"),
         (DATED, [SYSTEM, *turns("a", "b")], "TEMPLATE", "TemplateError: no system role"),
         (ESCAPED, turns("a<|im_end|>", "b"), "SPECIAL_TEXT", "escapes characters next to '<|im_end|>'"),
+        (LISTED, turns("a<|im_end|>", "b"), "SPECIAL_TEXT", "escapes characters next to '<|im_end|>'"),
     ],
 )
 def test_what_a_template_cannot_do_is_said(template, messages, code, message):
@@ -208,6 +213,11 @@ def test_one_turn_is_fine_where_only_several_are_unstable():
     assert sample.ids[sample.supervised].tolist() == [*b"b", END]
 
 
+def test_a_question_without_an_answer_is_left_out():
+    answered, open_ended = plain_answer(turns("a", "b")), plain_answer(turns("a", "b", "c"))
+    assert open_ended.ids.tolist() == answered.ids.tolist()
+
+
 def test_another_end_of_turn_than_the_tokenizers_is_found_in_the_template():
     tokenizer = byte_tokenizer(eos="<|endoftext|>")
     assert ChatRenderer(tokenizer).end_of_turn == "<|im_end|>"
@@ -220,6 +230,14 @@ def test_space_that_a_control_token_swallows_is_swallowed_in_spelling_rows_too()
     for question in ("a", "<|im_end|>"):
         sample = plain_answer(turns(question, "b"), tokenizer=tokenizer)
         assert sample.ids.tolist() == [START, *b"user\n", *question.encode(), END, START, *b"assistant\n", *b"b", END]
+
+
+def test_a_tokenizer_whose_words_are_control_tokens_is_found_out():
+    tokenizer = byte_tokenizer(ignore_merges=True)
+    assert plain_answer(turns("a", "see <|im_end|>"), tokenizer=tokenizer).supervised.any()
+    with pytest.raises(RowError) as caught:
+        plain_answer(turns("a", "<|im_end|>"), tokenizer=tokenizer)
+    assert caught.value.code == "SPECIAL_TEXT"
 
 
 def test_other_added_tokens_are_ordinary_words():
@@ -254,6 +272,15 @@ def test_a_batch_gives_each_row_its_own_result():
     for row, result in zip(rows[2:], results[2:], strict=True):
         assert np.array_equal(result.ids, renderer.render(row).ids)
     assert renderer.render_batch([]) == []
+
+
+def test_the_prompt_at_generation_is_the_prompt_of_training():
+    renderer = ChatRenderer(byte_tokenizer())
+    messages = turns("Hi <|im_end|>", "  Yo", "So?", "No", "Ah", " ok")
+    ids = renderer.render(messages).ids.tolist()
+    for turn, answer in ((1, b"  Yo"), (3, b"No"), (5, b" ok")):
+        prompt = renderer.prompt_ids(messages[:turn])
+        assert ids[: len(prompt) + len(answer) + 1] == [*prompt, *answer, END]
 
 
 def test_show_colours_what_is_supervised():

@@ -250,6 +250,8 @@ def test_a_store_can_be_sent_to_a_worker(tmp_path, tokenizer):
     copy = pickle.loads(sent)
     assert copy.tokens(0)[0].tolist() == store.tokens(0)[0].tolist()
     assert copy.where(0) == store.where(0)
+    moved = TokenStore(store.directory, source="elsewhere.jsonl")
+    assert pickle.loads(pickle.dumps(moved)).where(0) == "elsewhere.jsonl:1"
 
 
 def _build_slowly(path: Path, tokenizer: PreTrainedTokenizerFast, cache: Path, started: Any) -> None:

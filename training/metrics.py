@@ -56,6 +56,13 @@ class MetricsLog:
         self.path = path
         self.sinks: list[Sink] = []
 
+    def follow(self, make_sink: Callable[[], Sink]) -> None:
+        """Add a sink; one that cannot even start is reported and left out."""
+        try:
+            self.sinks.append(make_sink())
+        except Exception as error:
+            logger.warning("metrics go to %s only: %s", self.path.name, error)
+
     def start(self, step: int) -> None:
         """Keep the records up to `step`, so that no step stands twice after a resume."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

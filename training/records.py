@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training.metrics import MetricsLog, strict
+from training.metrics import MetricsLog, read_records, strict
 from training.plan import Plan
 from training.state import LoopState
 
@@ -133,6 +133,8 @@ class RunRecords:
         """Cut the records back to the step that the run starts from; say so when the block ends with an error."""
         if self.is_main:
             self.metrics.start(state.step)
+            evaluations = [r for r in read_records(self.metrics.path) if r["kind"] == "eval"]
+            self.last_eval = {k: v for r in evaluations[-1:] for k, v in r.items() if k.startswith("eval/")}
             self.progress = Progress(plan.total_steps, state.step)
             self.state_file.update(status="running", started_at=time.time(), **self._position(state, plan))
         try:
@@ -152,6 +154,7 @@ class RunRecords:
             rates["train/mfu"] = done / self.peak_flops
         eta = (plan.total_steps - state.step) * rates["train/seconds_per_step"]
         epoch_eta = -(-(plan.num_rows - state.rows) // plan.window_rows) * rates["train/seconds_per_step"]
+        epoch_eta = min(epoch_eta, eta)
         counts: dict[str, float] = {"train/tokens": state.tokens, "train/supervised_tokens": state.supervised_tokens}
         counts |= {"train/epoch": state.step / plan.steps_per_epoch, "train/overflows": state.overflows}
         times = {"eta_seconds": eta, "epoch_eta_seconds": epoch_eta}

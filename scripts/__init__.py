@@ -1,0 +1,1 @@
+"""Entries besides the trainer, each run as `python -m scripts.NAME`."""

@@ -1,0 +1,199 @@
+"""Measures an exported model on conversations with known answers: `python -m scripts.evaluate runs/full_sft`.
+
+The model answers the last turn of each conversation greedily; an answer counts when its whole text is as expected.
+Prompts are cut out of the token store that training and validation read, so they are what training would have shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from dataset.reader import DataError
+from training.checkpoints import replace_json
+from training.config import Config
+from training.metrics import strict
+
+ROW_TOKENS = 4096  # of a row when the loss is measured, unless one sample is longer
+
+
+class Case(NamedTuple):
+    """A conversation up to its last answer; the ids that are expected come without their end of turn."""
+
+    sample: int
+    family: str
+    prompt: list[int]
+    expected: list[int]
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scripts.evaluate", description=__doc__.split(":")[0] + ".")
+    flag = parser.add_argument
+    flag("directory", metavar="DIR", type=Path, help="exported model (runs/x/final) or run (runs/x)")
+    flag("--data_path", metavar="FILE", default="demo", help="JSONL file, or 'demo': the held-out part of it (default)")
+    for name in ("prompt_field", "response_field", "system_field"):
+        flag(f"--{name}", metavar="NAME", help=f"name of the {name.replace('_', ' ')} in rows without messages")
+    flag("--limit", metavar="N", type=positive, help="only N conversations, spread evenly over the file")
+    flag("--max_new_tokens", metavar="N", type=positive, default=512, help="longest answer in tokens (default 512)")
+    flag("--batch_size", metavar="N", type=positive, default=32, help="conversations answered at once (default 32)")
+    flag("--out", metavar="FILE", type=Path, help="where to write the result (default evaluation.json in the run)")
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA where there is one (default)")
+    flag("--show", metavar="N", type=int, default=0, help="print N answers, spread evenly over the file")
+    flag("--cache_dir", metavar="DIR", type=Path, default=Config.cache_dir, help="directory of the tokenised data")
+    return parser.parse_args(argv)
+
+
+def exported_directory(path: Path) -> Path:
+    """The directory that holds the weights, `path` or its final/. Raises ValueError that says what is there instead."""
+    for directory in (path, path / "final"):
+        if (directory / "config.json").is_file():
+            return directory
+    found = "has neither config.json nor final/" if path.is_dir() else "does not exist"
+    raise ValueError(f"{path} {found}: name an exported model (runs/x/final) or a run that is finished (runs/x)")
+
+
+def spread(items: list[Any], count: int) -> list[Any]:
+    """At most `count` items, evenly spaced: many files are sorted, and their first items speak for one kind only."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def read_cases(path: Path, store: Any, limit: int | None) -> list[Case]:
+    """The last turn of each conversation in the token store of a file, under the `family` that its row names."""
+    last_of_line = {int(store.where(sample).rsplit(":", 1)[1]): sample for sample in range(store.num_samples)}
+    with path.open("rb") as file:
+        families = {line: json.loads(row).get("family") for line, row in enumerate(file, 1) if line in last_of_line}
+    cases = []
+    for line, sample in spread(list(last_of_line.items()), limit or store.num_samples):
+        ids, supervised = (array.tolist() for array in store.tokens(sample))
+        start = len(ids) - supervised[::-1].index(False)
+        cases.append(Case(sample, str(families[line] or "all"), ids[:start], ids[start:-1]))
+    return cases
+
+
+def answer_all(model: Any, prompts: list[list[int]], longest: int, batch_size: int, ends: set[int]) -> list[Any]:
+    """(ids of the greedy answer, whether it was cut) for each prompt; none outgrows the context of the model."""
+    from model.generate import generate
+
+    results: dict[int, tuple[list[int], bool]] = {}
+    context = model.config.max_position_embeddings + 1  # the last new token is never read, so it takes no position
+    rooms = [min(longest, context - len(prompt)) for prompt in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # like lengths share a batch
+    while waiting:
+        room = rooms[waiting[0]]
+        batch = [index for index in waiting[:batch_size] if rooms[index] == room]
+        waiting = waiting[len(batch) :]
+        answers = generate(model, [prompts[index] for index in batch], max_new_tokens=room, eos_token_ids=ends)
+        results |= {index: (answer, len(answer) == room) for index, answer in zip(batch, answers, strict=True)}
+        print(f"{len(results)} of {len(prompts)} answered", file=sys.stderr)
+    return [results[index] for index in range(len(prompts))]
+
+
+def held_out_means(model: Any, store: Any, samples: list[int], device: Any) -> dict[str, float]:
+    """Loss (nats), perplexity and accuracy per supervised token, by the objective and the batches of training."""
+    import numpy as np
+    import torch
+
+    from dataset.packing import plan_rows
+    from dataset.rows import PackedRows, collate
+    from model.losses import make_sft_objective
+    from trainer_utils import to_device
+    from training.sums import Sums, token_means
+
+    objective, sums, lengths = make_sft_objective(), Sums(), store.lengths[samples]
+    rows = PackedRows(store, plan_rows(lengths, max(ROW_TOKENS, int(lengths.max()))), np.array(samples))
+    with torch.no_grad():
+        for batch in (to_device(collate([rows[row]]), device) for row in range(len(rows))):
+            sums.add(objective(model, batch), supervised=len(batch["targets"]), tokens=len(batch["input_ids"]))
+    loss, accuracy = (token_means(sums.total(list), "eval")[name] for name in ("eval/loss", "eval/token_accuracy"))
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "token_accuracy": accuracy}
+
+
+def exact_matches(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Shares of right answers: among all of them, the mean of the families' shares, and each family's."""
+    families: dict[str, list[bool]] = {}
+    for example in examples:
+        families.setdefault(example["family"], []).append(example["correct"])
+    shares = {name: {"exact_match": fmean(right), "count": len(right)} for name, right in families.items()}
+    of_families = fmean(share["exact_match"] for share in shares.values())
+    of_samples = fmean(example["correct"] for example in examples)
+    return {"exact_match": of_samples, "exact_match_by_family_mean": of_families, "by_family": shares}
+
+
+def evaluate(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """What becomes evaluation.json, with every answer as an example. Raises ValueError, DataError for unusable rows."""
+    from dataset.chat import ChatRenderer
+    from dataset.demo import write_demo
+    from dataset.prepare import DataOptions, prepare
+    from model.choose import load_tokenizer
+    from model.loading import load_model
+    from trainer_utils import start_processes
+
+    device = start_processes(options.device, timeout_seconds=0).device
+    model, tokenizer = load_model(directory).to(device).eval(), load_tokenizer(str(directory))
+    path = write_demo(options.cache_dir / "demo")[1] if options.data_path == "demo" else Path(options.data_path)
+    context = model.config.max_position_embeddings
+    wanted = DataOptions(options.prompt_field, options.response_field, options.system_field, max_seq_len=context)
+    store = prepare(path, tokenizer, wanted, options.cache_dir, echo=lambda line: print(line, file=sys.stderr))
+    cases = read_cases(path, store, options.limit)
+    means = held_out_means(model, store, [case.sample for case in cases], device)
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ChatRenderer(tokenizer).end_of_turn)}
+    started = time.perf_counter()
+    answers = answer_all(model, [case.prompt for case in cases], options.max_new_tokens, options.batch_size, ends)
+    speed = sum(len(ids) for ids, _ in answers) / (time.perf_counter() - started)
+    examples = []
+    for case, (ids, cut) in zip(cases, answers, strict=True):
+        texts = tokenizer.batch_decode([case.prompt, case.expected, ids], clean_up_tokenization_spaces=False)
+        example = dict(zip(("prompt", "expected", "answer"), texts, strict=True), family=case.family)
+        examples.append({**example, "correct": not cut and example["answer"] == example["expected"]})
+    counts = {"samples": len(cases), "cut_answers": sum(cut for _, cut in answers)}
+    sources = {"data_path": str(path), "model": str(directory), "generated_tokens_per_second": speed}
+    return {**exact_matches(examples), **means, **counts, **sources, "examples": examples}
+
+
+def print_result(result: dict[str, Any], shown: int) -> None:
+    for example in spread(result["examples"], shown):
+        print(f"{example['prompt']}\nexpected  {example['expected']}")
+        print(f"answer {'✓' if example['correct'] else '✗'}  {example['answer']}\n")
+    rows = [(name, share["count"], share["exact_match"]) for name, share in result["by_family"].items()]
+    rows.append(("mean of families", len(rows), result["exact_match_by_family_mean"]))
+    rows.append(("mean of samples", result["samples"], result["exact_match"]))
+    width = max(len(name) for name, _, _ in rows)
+    print(f"{'':{width}}  count  exact match")
+    for name, count, share in rows:
+        print(f"{name:{width}}  {count:5}  {share:11.1%}")
+    names = ("loss", "perplexity", "token_accuracy", "generated_tokens_per_second", "cut_answers")
+    print(", ".join(f"{name.replace('_', ' ')} {result[name]:.4g}" for name in names))
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    sys.stdout.reconfigure(encoding="utf-8")
+    try:
+        directory = exported_directory(options.directory.absolute())
+        out = options.out or (directory.parent if directory.name == "final" else directory) / "evaluation.json"
+        out.parent.mkdir(parents=True, exist_ok=True)  # a wrong path is to be heard of before the work, not after
+        result = evaluate(options, directory)
+        replace_json(out, strict({**result, "examples": spread(result["examples"], 10)}))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 65 if isinstance(error, DataError) else 2 if isinstance(error, ValueError) else 74
+    print_result(result, options.show)
+    print(f"written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

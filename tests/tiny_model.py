@@ -1,0 +1,60 @@
+"""Tiny decoders and hand-made batches of packed documents, for the tests of `model/`."""
+
+import torch
+from torch import Tensor, nn
+
+from model.decoder import Decoder, DecoderConfig
+from model.loading import build_model
+
+SHAPE = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def tiny(seed: int = 0, **changes) -> Decoder:
+    """A decoder whose weights are large enough that attention and positions show in its logits."""
+    return build_model(DecoderConfig(**{**SHAPE, "initializer_range": 0.3, **changes}), seed).eval()
+
+
+def tokens(count: int, seed: int = 0, vocab_size: int = SHAPE["vocab_size"]) -> Tensor:
+    return torch.randint(3, vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def pack(documents: list[Tensor], supervise=lambda position: True) -> dict:
+    """A batch of whole documents (each L tokens: L - 1 inputs, L - 1 targets), supervised where `supervise(position)`."""
+    lengths = [len(document) - 1 for document in documents]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    chosen = [[p for p in range(length) if supervise(p)] for length in lengths]
+    return {
+        "input_ids": torch.cat([document[:-1] for document in documents]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]),
+        "cu_seqlens": torch.tensor([*starts, sum(lengths)], dtype=torch.int32),
+        "document_lengths": lengths,
+        "supervised_positions": torch.tensor([s + p for s, ps in zip(starts, chosen, strict=True) for p in ps]).long(),
+        "targets": torch.tensor([int(d[p + 1]) for d, ps in zip(documents, chosen, strict=True) for p in ps]).long(),
+        "sample_ids": list(range(len(documents))),
+    }
+
+
+FILLER = {
+    "input_ids": torch.zeros(1, dtype=torch.long),
+    "position_ids": torch.zeros(1, dtype=torch.long),
+    "cu_seqlens": torch.tensor([0, 1], dtype=torch.int32),
+    "document_lengths": [1],
+    "supervised_positions": torch.zeros(0, dtype=torch.long),
+    "targets": torch.zeros(0, dtype=torch.long),
+    "sample_ids": [-1],
+}
+
+
+def logits_of(model: nn.Module, batch: dict) -> Tensor:
+    """Logits (S, V) at the supervised positions, with their gradient."""
+    chunks: list[Tensor] = []
+
+    def collect(logits: Tensor, positions: slice) -> dict[str, Tensor]:
+        chunks.append(logits)
+        return {"sum": logits.sum()}
+
+    model(batch, collect)
+    return torch.cat(chunks)
