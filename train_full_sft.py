@@ -43,6 +43,7 @@ from trainer_utils import (
     SkipBatchSampler,
     close_processes,
     device_name_of,
+    end_process,
     environment_rank,
     find_checkpoint,
     gradient_sync,
@@ -185,11 +186,11 @@ def train_epoch(
 
         # 5. log, validate, save
         ends_epoch, ends_run = state.rows == plan.num_rows, state.step == plan.total_steps
-        if state.step % plan.log_steps == 0 or ends_run:
+        if plan.due(state.step, plan.log_steps):
             means = token_means(state.since_log.total(processes.sum_ints), "train")
             state.since_log = Sums()
             records.log_step(state, plan, {**means, "train/learning_rate": lr, "train/grad_norm": norm}, meter)
-        results = hooks.evaluate() if state.step % plan.eval_steps == 0 or ends_run else {}
+        results = hooks.evaluate() if plan.due(state.step, plan.eval_steps) else {}
         if ends_epoch or ends_run:
             means = token_means(state.since_epoch.total(processes.sum_ints), "train")
             records.log_epoch(
@@ -197,7 +198,7 @@ def train_epoch(
             )
         if ends_epoch:  # also a checkpoint made now points at the start of the next epoch
             state.next_epoch()
-        if state.step % plan.save_steps == 0 or ends_run or save:
+        if plan.due(state.step, plan.save_steps) or save:
             signals.save = 0
             hooks.save()
         records.step_done(state, plan)
@@ -291,17 +292,16 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     rows_at_first_start = config.batch_size * config.accumulation_steps * processes.world_size
     window_rows = config.global_batch_size or saved.get("global_batch_size", rows_at_first_start)
     micro_batches = micro_batches_per_step(window_rows, processes.world_size, config.batch_size)
-    plan = make_plan(config, len(data.train), window_rows)
+    state = LoopState.from_dict(saved["loop"], processes.is_main) if checkpoint else LoopState()
+    plan = make_plan(config, len(data.train), window_rows, state)
     identity = {**data.identity, **identity_of(config, dtype, window_rows, body + head)}
-    state = LoopState()
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
-        if saved["loop"]["step"] >= plan.total_steps and (save_dir / "final").exists():
+        if state.step >= plan.total_steps and (save_dir / "final").exists():
             logger.info("%s is finished, nothing to do (more epochs: --allow_change schedule)", save_dir)
-            return {"status": "completed", "step": saved["loop"]["step"]}
+            return {"status": "completed", "step": state.step}
         load_checkpoint(checkpoint, model, optimizer)
         scaler.load_state_dict(saved["scaler"])
-        state = LoopState.from_dict(saved["loop"], processes.is_main)
         logger.info("resumed from %s%s", checkpoint, f", changed: {', '.join(changed)}" if changed else "")
 
     # 6. Order of rows
@@ -448,4 +448,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(CONFIG))
+    end_process(main(CONFIG))

@@ -16,6 +16,7 @@ import os
 import random
 import resource
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler, Sampler
 
 logger = logging.getLogger(__name__)
+
+# gloo now and then hangs or aborts when a group is freed (seen in one of twenty runs of three processes), so whatever
+# refers to a group lives until the process ends, and the process ends without freeing it: see end_process.
+_LIVES_UNTIL_EXIT: list[Any] = []
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Processes
@@ -92,12 +97,21 @@ def start_processes(device: str, timeout_seconds: float) -> Processes:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout, device_id=place if use_cuda else None)
     host_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
+    _LIVES_UNTIL_EXIT.extend([dist.group.WORLD, host_group])
     return Processes(rank, local_rank, world_size, place, host_group)
 
 
 def close_processes(processes: Processes) -> None:
     if processes.world_size > 1:
         dist.destroy_process_group()
+
+
+def end_process(exit_code: int) -> None:
+    """Leave at once with everything said and written, skipping the interpreter's teardown."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def setup_logging(rank: int) -> None:
@@ -153,6 +167,7 @@ def parallelize(model: nn.Module, processes: Processes, zero_loss: Callable[[nn.
     if processes.world_size == 1:
         return model
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    _LIVES_UNTIL_EXIT.append(wrapped)
     zero_loss(wrapped).backward()  # the bucket layout settles here, see the module docstring
     wrapped.zero_grad(set_to_none=True)
     return wrapped

@@ -243,7 +243,7 @@ def _fit(sample: Sample, options: DataOptions, ledger: Ledger) -> Sample | RowEr
         return RowError("OVERLONG", f"{len(sample.ids)} tokens, max_seq_len={options.max_seq_len} has room for {room}")
     targets = np.flatnonzero(sample.supervised[1:room])
     if len(targets) == 0:
-        return RowError("NO_SUPERVISED", f"no supervised token among the first {room} of {len(sample.ids)}")
+        return RowError("NO_SUPERVISED", f"none of the first {room} of {len(sample.ids)} tokens is supervised")
     length = int(targets[-1]) + 2
     ledger.truncated += length < len(sample.ids)
     ledger.cut_tokens += len(sample.ids) - length

@@ -96,10 +96,12 @@ def _write_transformers(draft: Path, model: HFCausalLM, state_dict: dict[str, Te
     weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in state_dict.items()}
     model.inner.save_pretrained(draft, state_dict=weights)
     config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
-    # transformers 4 looks for these at the top level; transformers 5 writes them elsewhere or under another name.
+    # transformers 4 reads other names than transformers 5 writes, and where it finds none it takes defaults in silence.
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
+        if rope["rope_type"] != "default":
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     _write_json(draft / "config.json", config)
 

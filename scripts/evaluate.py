@@ -24,12 +24,13 @@ ROW_TOKENS = 4096  # of a row when the loss is measured, unless one sample is lo
 
 
 class Case(NamedTuple):
-    """A conversation up to its last answer; the ids that are expected come without their end of turn."""
+    """A conversation up to its last answer, what is expected there, and the token that ends it."""
 
     sample: int
     family: str
     prompt: list[int]
     expected: list[int]
+    end: int
 
 
 def positive(text: str) -> int:
@@ -79,7 +80,7 @@ def read_cases(path: Path, store: Any, limit: int | None) -> list[Case]:
     for line, sample in spread(list(last_of_line.items()), limit or store.num_samples):
         ids, supervised = (array.tolist() for array in store.tokens(sample))
         start = len(ids) - supervised[::-1].index(False)
-        cases.append(Case(sample, str(families[line] or "all"), ids[:start], ids[start:-1]))
+        cases.append(Case(sample, str(families[line] or "all"), ids[:start], ids[start:-1], ids[-1]))
     return cases
 
 
@@ -134,7 +135,6 @@ def exact_matches(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def evaluate(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """What becomes evaluation.json, with every answer as an example. Raises ValueError, DataError for unusable rows."""
-    from dataset.chat import ChatRenderer
     from dataset.demo import write_demo
     from dataset.prepare import DataOptions, prepare
     from model.choose import load_tokenizer
@@ -149,7 +149,7 @@ def evaluate(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     store = prepare(path, tokenizer, wanted, options.cache_dir, echo=lambda line: print(line, file=sys.stderr))
     cases = read_cases(path, store, options.limit)
     means = held_out_means(model, store, [case.sample for case in cases], device)
-    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ChatRenderer(tokenizer).end_of_turn)}
+    ends = {tokenizer.eos_token_id, *(case.end for case in cases)}
     started = time.perf_counter()
     answers = answer_all(model, [case.prompt for case in cases], options.max_new_tokens, options.batch_size, ends)
     speed = sum(len(ids) for ids, _ in answers) / (time.perf_counter() - started)

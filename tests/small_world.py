@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import multiprocessing
@@ -68,8 +69,11 @@ def train(
         worker.start()
     deadline = time.monotonic() + timeout_seconds
     while any(worker.is_alive() for worker in workers):
-        if any(worker.exitcode not in (None, 0) for worker in workers) or time.monotonic() > deadline:
+        late = time.monotonic() > deadline
+        if late or any(worker.exitcode not in (None, 0) for worker in workers):
             for worker in workers:
+                if late and worker.is_alive():
+                    os.kill(worker.pid, signal.SIGABRT)  # its stacks go to its log
                 worker.join(timeout=3)
                 worker.kill()
         workers[0].join(timeout=0.02)
@@ -85,6 +89,7 @@ def _work(rank: int, world_size: int, port: int, values: dict, log: str, wrap_ob
     os.dup2(descriptor, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TOKENIZERS_PARALLELISM="false")
+    faulthandler.enable()
     import torch
 
     import train_full_sft

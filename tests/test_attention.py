@@ -9,9 +9,9 @@ LENGTHS = [5, 1, 9, 2]
 BOUNDARIES = torch.tensor([0, 5, 6, 15, 17], dtype=torch.int32)
 
 
-def random_qkv(kv_heads=2, dtype=torch.float64, total=sum(LENGTHS)):
+def random_qkv(kv_heads=2, dtype=torch.float64):
     numbers = torch.Generator().manual_seed(0)
-    shapes = [(total, 4, 8), (total, kv_heads, 8), (total, kv_heads, 8)]
+    shapes = [(sum(LENGTHS), heads, 8) for heads in (4, kv_heads, kv_heads)]
     return [torch.randn(shape, generator=numbers, dtype=torch.float64).to(dtype) for shape in shapes]
 
 

@@ -1,4 +1,4 @@
-"""What the evaluation reports is what a count by hand gives, on a model that knows some answers by heart and no more."""
+"""What the evaluation reports is what a count by hand gives, on a model that knows some answers and no others."""
 
 import json
 import math
@@ -65,8 +65,8 @@ def trained_run(tokenizer, tmp_path_factory) -> Path:
     batch = collate([[Document(i, sample.ids, sample.supervised) for i, sample in enumerate(samples)]])
     config = DecoderConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     model = build_model(config, seed=0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(200):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(120):
         loss = sft_objective(model, batch)["ce"] / len(batch["targets"])
         loss.backward()
         optimizer.step()
@@ -78,17 +78,23 @@ def trained_run(tokenizer, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.fixture
-def evaluate(trained_run, tmp_path):
+@pytest.fixture(scope="module")
+def evaluate(trained_run, tmp_path_factory):
     """Evaluates rows and returns the content of the result file."""
+    directory = tmp_path_factory.mktemp("evaluate")
 
-    def call(rows: list[dict], *flags: str, directory: Path = trained_run / "final") -> dict:
-        data, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out" / "result.json"
-        paths = ["--data_path", str(data), "--cache_dir", str(tmp_path / "cache"), "--out", str(out)]
-        assert main([str(directory), *paths, "--device", "cpu", *flags]) == 0
+    def call(rows: list[dict], *flags: str, model: Path = trained_run / "final") -> dict:
+        data, out = write(directory / "rows.jsonl", rows), directory / "out" / "result.json"
+        paths = ["--data_path", str(data), "--cache_dir", str(directory / "cache"), "--out", str(out)]
+        assert main([str(model), *paths, "--device", "cpu", *flags]) == 0
         return json.loads(out.read_text(encoding="utf-8"), parse_constant=refuse_constant)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def of_all(evaluate) -> dict:
+    return evaluate(LEARNT + OTHERS)
 
 
 def test_what_is_known_by_heart_is_right_and_nothing_else(evaluate):
@@ -100,8 +106,8 @@ def test_what_is_known_by_heart_is_right_and_nothing_else(evaluate):
     assert result["loss"] > 1
 
 
-def test_means_over_samples_and_over_families(evaluate):
-    result = evaluate(LEARNT + OTHERS)
+def test_means_over_samples_and_over_families(of_all):
+    result = of_all
     assert set(result) == KEYS
     assert result["by_family"] == {
         "colours": {"exact_match": 2 / 3, "count": 3},
@@ -121,8 +127,8 @@ def test_an_answer_must_be_the_whole_text():
     assert exact_matches(examples)["exact_match_by_family_mean"] == 1 / 4
 
 
-def test_examples_hold_what_the_model_saw_and_wrote(evaluate):
-    two_turns, spelled = evaluate(LEARNT)["examples"][2:]
+def test_examples_hold_what_the_model_saw_and_wrote(evaluate, of_all):
+    two_turns, spelled = of_all["examples"][2:4]
     assert two_turns == {
         "prompt": "<|im_start|>user\nMy name is Ada.<|im_end|>\n<|im_start|>assistant\nHello, Ada!<|im_end|>\n"
         "<|im_start|>user\nWho am I?<|im_end|>\n<|im_start|>assistant\n",
@@ -133,7 +139,7 @@ def test_examples_hold_what_the_model_saw_and_wrote(evaluate):
     assert not evaluate([wrong])["examples"][0]["correct"]
 
 
-def test_the_loss_is_that_of_transformers_on_each_conversation_alone(evaluate, tokenizer, trained_run):
+def test_the_loss_is_that_of_transformers_on_each_conversation_alone(evaluate, of_all, tokenizer, trained_run):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(trained_run / "final")
@@ -147,10 +153,9 @@ def test_the_loss_is_that_of_transformers_on_each_conversation_alone(evaluate, t
         loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         right += (logits.argmax(-1) == targets).sum().item()
         count += len(targets)
-    result = evaluate(LEARNT + OTHERS)
-    assert result["loss"] == pytest.approx(loss / count, rel=1e-5)
-    assert result["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
-    assert result["token_accuracy"] == pytest.approx(right / count)
+    assert of_all["loss"] == pytest.approx(loss / count, rel=1e-5)
+    assert of_all["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
+    assert of_all["token_accuracy"] == pytest.approx(right / count)
     assert evaluate(OTHERS)["loss"] != pytest.approx(loss / count, rel=1e-2)
 
 
@@ -169,9 +174,8 @@ def test_prompts_are_those_of_training(tokenizer, trained_run, tmp_path):
     assert [case.family for case in cases] == ["colours", "colours", "all", "chinese", "colours", "other"]
 
 
-def test_the_batch_size_changes_no_answer(evaluate):
-    rows = LEARNT + OTHERS
-    assert evaluate(rows, "--batch_size", "1")["examples"] == evaluate(rows, "--batch_size", "5")["examples"]
+def test_the_batch_size_changes_no_answer(evaluate, of_all):
+    assert evaluate(LEARNT + OTHERS, "--batch_size", "1")["examples"] == of_all["examples"]
 
 
 def test_an_answer_that_has_not_ended_is_wrong(evaluate, tokenizer):
@@ -241,7 +245,7 @@ def test_a_broken_model_gives_strict_json(evaluate, tmp_path):
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
     export_model(tmp_path / "broken", model, OWN_TOKENIZER)
-    result = evaluate(LEARNT, "--max_new_tokens", "2", directory=tmp_path / "broken")
+    result = evaluate(LEARNT, "--max_new_tokens", "2", model=tmp_path / "broken")
     assert result["loss"] is None and "loss" in result["non_finite"]
 
 

@@ -216,7 +216,10 @@ def test_other_families_keep_documents_apart_and_their_own_names(tmp_path, famil
             alone = network.eval()(input_ids=document[None, :-1], use_cache=False).logits[0]
         torch.testing.assert_close(logits, alone, rtol=0, atol=1e-4)
     touched = logits_of(loaded, pack([tokens(12, 9), *documents[1:]])).split([11, 1, 29])
-    assert [torch.equal(a, b) for a, b in zip(packed, touched, strict=True)] == [False, True, True]
+    # The experts of a mixture multiply as many rows as they are sent, and rounding depends on that number.
+    tolerance = 1e-5 if "Moe" in family else 0.0
+    differences = [(a - b).abs().max().item() for a, b in zip(packed, touched, strict=True)]
+    assert differences[0] > 0.1 and max(differences[1:]) <= tolerance
 
 
 def test_every_parameter_of_another_family_is_trained_and_a_filler_trains_none(tmp_path):
@@ -237,11 +240,9 @@ def test_every_parameter_of_another_family_is_trained_and_a_filler_trains_none(t
 
 @pytest.mark.parametrize(("family", "changes"), [("Bloom", {"n_head": 4, "n_layer": 2}), ("Mamba", {"state_size": 4})])
 def test_families_that_mix_documents_are_refused(tmp_path, family, changes):
-    drop = {"num_key_value_heads", "head_dim", "num_attention_heads"}
     foreign(tmp_path / "model", family, **changes)
     with pytest.raises(ValueError, match=f"{family}ForCausalLM: this family cannot be packed yet"):
         load_model(tmp_path / "model")
-    assert drop
 
 
 def test_weights_that_transformers_would_make_up_are_refused(tmp_path):
@@ -254,19 +255,23 @@ def test_weights_that_transformers_would_make_up_are_refused(tmp_path):
 
 
 def test_a_place_without_a_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"no model in {tmp_path}"):
+    with pytest.raises(ValueError, match=f"[Mm]odel in {tmp_path}"):
         load_model(tmp_path)
+    with pytest.raises(ValueError, match=f"no model in {tmp_path}/nowhere: there is no such directory"):
+        load_model(tmp_path / "nowhere")
 
 
 def test_another_family_is_exported_for_old_and_new_readers(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    foreign(tmp_path / "model", "Qwen2", rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    foreign(tmp_path / "model", "Qwen2", rope_parameters={"rope_type": "linear", "rope_theta": 77.0, "factor": 3.0})
     loaded = load_model(tmp_path / "model")
     export_model(tmp_path / "final", loaded, TOKENIZER, dtype=torch.bfloat16)
     config = read(tmp_path / "final" / "config.json")
-    assert config["rope_theta"] == 77.0 and config["torch_dtype"] == config["dtype"] == "bfloat16"
+    assert config["rope_theta"] == 77.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 3.0}
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not any(info.values()), info
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor.bfloat16())
+    assert again.config.rope_parameters == {"rope_type": "linear", "rope_theta": 77.0, "factor": 3.0}

@@ -7,6 +7,7 @@ import pytest
 
 from tests.small_world import log_of, result_of, resume_from, train, write_rows
 from trainer_utils import RowSampler, SkipBatchSampler, micro_batches_per_step
+from training.schedules import lr_factor
 
 
 def ranks_of(num_rows, world_size, window_rows, batch_size, epoch=0, rows_done=0, seed=0):
@@ -136,3 +137,34 @@ def test_a_run_resumed_with_other_processes_or_batches_trains_each_sample_once_p
         return [(r["step"], r["train/learning_rate"], r["train/supervised_tokens"]) for r in records]
 
     assert steps(cut) == steps(tmp_path / "whole")
+
+
+def test_another_number_of_rows_per_step_goes_on_from_the_same_share_of_the_run(tmp_path):
+    flags = {"data_path": str(write_rows(tmp_path / "rows.jsonl")), "epochs": 3, "batch_size": 1}
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+    assert train(1, tmp_path / "whole", **flags) == [0]
+    num_rows = sum(1 for r in result_of(tmp_path / "whole")["records"] if r["kind"] == "train") // 3
+    kept = num_rows + 3
+    cut = resume_from(tmp_path / "whole", kept, tmp_path / "cut")
+    witness = Witness(tmp_path / "before")
+    assert train(1, tmp_path / "short", wrap_objective=witness, max_steps=kept, **flags) == [0]
+
+    change = {"global_batch_size": 4, "from_resume": "1"}
+    assert train(1, cut, **flags, **change) == [2], "only when it is named"
+    witness = Witness(tmp_path / "after")
+    assert train(1, cut, wrap_objective=witness, allow_change="global_batch_size", **flags, **change) == [0], log_of(
+        cut
+    )
+    seen = samples_seen(tmp_path / "before") + samples_seen(tmp_path / "after")
+    assert seen == Counter(dict.fromkeys(range(24), 3))
+
+    records = result_of(cut)["records"]
+    rates = {r["step"]: r["train/learning_rate"] for r in records if r["kind"] == "train" and r["step"] > kept}
+    steps_per_epoch = -(-num_rows // 4)
+    left = -(-(num_rows - 3) // 4) + steps_per_epoch
+    total = 3 * steps_per_epoch
+    assert sorted(rates) == list(range(kept + 1, kept + 1 + left))
+    expected = [0.01 * lr_factor(s, total, schedule="cosine") for s in range(total - left + 1, total + 1)]
+    assert list(rates.values()) == expected
+    assert [r["step"] for r in records if r["kind"] == "epoch"][-1] == kept + left

@@ -22,7 +22,7 @@ def tokens(count: int, seed: int = 0, vocab_size: int = SHAPE["vocab_size"]) -> 
 
 
 def pack(documents: list[Tensor], supervise=lambda position: True) -> dict:
-    """A batch of whole documents (each L tokens: L - 1 inputs, L - 1 targets), supervised where `supervise(position)`."""
+    """A batch of whole documents (L tokens: L - 1 inputs and targets), supervised where `supervise(position)`."""
     lengths = [len(document) - 1 for document in documents]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     chosen = [[p for p in range(length) if supervise(p)] for length in lengths]

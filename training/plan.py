@@ -8,6 +8,7 @@ from typing import Any
 
 from training.config import Config, interval_steps
 from training.schedules import lr_factor, warmup_steps_of
+from training.state import LoopState
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,29 @@ class Plan:
     log_steps: int
     eval_steps: int
     save_steps: int
+    shift: int  # steps done beyond what the position in the data needs at this window size
     lr: Callable[[int], float]
 
+    def due(self, step: int, interval: int) -> bool:
+        """Whether something that happens every `interval` steps, or at the end of the run, happens after `step`."""
+        return (step - self.shift) % interval == 0 or step == self.total_steps
 
-def make_plan(config: Config, num_rows: int, window_rows: int) -> Plan:
+
+def make_plan(config: Config, num_rows: int, window_rows: int, state: LoopState) -> Plan:
+    """The plan from the position in `state` on.
+
+    `shift` is 0 unless the rows of a step have changed on the way: then the learning rate goes on from the same share of
+    the epochs, and the run has as many steps left as its rows need.
+    """
     steps_per_epoch = -(-num_rows // window_rows)
-    total_steps = config.max_steps or config.epochs * steps_per_epoch
-    warmup = warmup_steps_of(config.warmup_steps, config.warmup_ratio, total_steps)
+    left_in_epoch = -(-(num_rows - state.rows) // window_rows)
+    shift = 0 if config.max_steps else state.step - ((state.epoch + 1) * steps_per_epoch - left_in_epoch)
+    length = config.max_steps or config.epochs * steps_per_epoch
+    warmup = warmup_steps_of(config.warmup_steps, config.warmup_ratio, length)
 
     def lr(step: int) -> float:
         factor = lr_factor(
-            step, total_steps, schedule=config.lr_schedule, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio
+            step - shift, length, schedule=config.lr_schedule, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio
         )
         return config.learning_rate * factor
 
@@ -40,11 +53,12 @@ def make_plan(config: Config, num_rows: int, window_rows: int) -> Plan:
         num_rows=num_rows,
         window_rows=window_rows,
         steps_per_epoch=steps_per_epoch,
-        epochs=-(-total_steps // steps_per_epoch),
-        total_steps=total_steps,
+        epochs=-(-length // steps_per_epoch),
+        total_steps=length + shift,
         log_steps=interval_steps(config.log_interval, steps_per_epoch),
         eval_steps=interval_steps(config.eval_interval, steps_per_epoch),
         save_steps=interval_steps(config.save_interval, steps_per_epoch),
+        shift=shift,
         lr=lr,
     )
 
