@@ -1,7 +1,5 @@
 """From the data flags of a run to its packed rows: the one call that the trainer makes."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +54,7 @@ def load_rows(
     report = {"train": _ledger(train), "held_out": _ledger(val) if val else None}
     identity = {
         "data": f"{store.fingerprint[:16]}/{train.plan.fingerprint[:16]}",
-        "template": _template_fingerprint(tokenizer)[:16],
+        "template": f"{store.tokenizer_fingerprint[:16]}/{store.template_fingerprint[:16]}",
     }
     return RunData(train, val, report, identity)
 
@@ -92,9 +90,3 @@ def _ledger(rows: PackedRows) -> dict[str, Any]:
     tokens = int(rows.store.lengths[rows.samples].sum())
     packing = {"samples": len(rows.samples), "tokens": tokens, "rows": len(rows), "efficiency": rows.plan.efficiency}
     return {**rows.store.report, "packing": packing}
-
-
-def _template_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Hash of what turns text into ids: the tokenizer and its chat template."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    return hashlib.sha256(json.dumps([backend, tokenizer.chat_template], sort_keys=True).encode()).hexdigest()

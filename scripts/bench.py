@@ -2,8 +2,9 @@
 
     python -m scripts.bench --data_path train.jsonl --prompt_field question --response_field answer
 
-Each round runs the trainer, then TRL, each in a process of its own, and measures the rate of a plain matrix product between
-them. Tokens are real ones, never padding; FLOPs are 6 x body weights x tokens + 6 x head weights x supervised tokens.
+Each round runs the trainer, then TRL, each in a process of its own, and measures the rate of a plain matrix product
+between them. Tokens are real ones, never padding; FLOPs are 6 x body weights x tokens + 6 x head weights x supervised
+tokens.
 """
 
 import argparse
@@ -19,7 +20,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1664}  # fmt: skip
+SHAPE = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 1664,
+}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,7 +102,8 @@ def run_ours(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 def run_trl(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     out = directory / "trl.json"
-    own = [f"--{name}={value}" for name, value in vars(options).items() if name not in ("contender", "out", "without_trl") and value is not None]  # fmt: skip
+    ours_alone = ("contender", "out", "without_trl")
+    own = [f"--{k}={v}" for k, v in vars(options).items() if k not in ours_alone and v is not None]
     peak, _ = measured(
         [sys.executable, "-m", "scripts.bench", *own, "--contender", "trl", "--out", str(out)], options.threads
     )
@@ -216,8 +224,9 @@ def main() -> None:
             rates.append(matmul_rate(options))
             if not options.without_trl:
                 trl.append(run_trl(options, directory))
-            print(f"round {number} of {options.rounds}: trainer {statistics.median(ours[-1]['tokens_per_second']):,.0f} tokens/s"
-                  + (f", TRL {statistics.median(trl[-1]['tokens_per_second']):,.0f}" if trl else ""), flush=True)  # fmt: skip
+            said = f"trainer {statistics.median(ours[-1]['tokens_per_second']):,.0f} tokens/s"
+            said += f", TRL {statistics.median(trl[-1]['tokens_per_second']):,.0f}" if trl else ""
+            print(f"round {number} of {options.rounds}: {said}", flush=True)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     result = {**summarise(ours, trl, rates), "options": vars(options)}

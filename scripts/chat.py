@@ -147,6 +147,7 @@ def read_line() -> str | None:
     try:
         return input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
     except EOFError:
+        print(end="\n" * sys.stdin.isatty(), file=sys.stderr)  # Ctrl-D leaves the cursor behind the prompt
         return None
 
 
@@ -177,11 +178,10 @@ def converse(talk: Talk, read: Callable[[], str | None], interactive: bool) -> N
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     sys.stdout.reconfigure(encoding="utf-8")
-    prompts = iter(options.prompt or [])
     try:
         talk = load(options)
         if options.prompt:
-            converse(talk, lambda: next(prompts, None), interactive=False)
+            converse(talk, iter([*options.prompt, None]).__next__, interactive=False)
         else:
             sys.stdin.reconfigure(encoding="utf-8", errors="replace")
             if sys.stdin.isatty():
