@@ -5,8 +5,6 @@ The file reads top to bottom: `train_step` is one update, `train_epoch` the only
 loop alone normalises and backpropagates, so a new loss is a new objective and never a new loop.
 """
 
-import sys
-
 from training.config import Config, ConfigError, config_from_command_line
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
@@ -310,18 +308,14 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         window_rows=window_rows, slots=micro_batches * config.batch_size,
     )  # fmt: skip
     batches = SkipBatchSampler(sampler, config.batch_size)
-    loading = {
-        "num_workers": config.num_workers, "prefetch_factor": config.prefetch_factor,
-        "persistent_workers": config.persistent_workers, "pin_memory": config.pin_memory and processes.device.type == "cuda",
-    }  # fmt: skip
-    loader = make_loader(data.train, batches, **loading)
+    loader = make_loader(data.train, batches, **config.loading)
     held_out = None
     if data.held_out:
         in_order = RowSampler(
             len(data.held_out), rank=processes.rank, world_size=processes.world_size, shuffle=False,
             window_rows=config.batch_size * processes.world_size, slots=config.batch_size,
         )  # fmt: skip
-        held_out = make_loader(data.held_out, SkipBatchSampler(in_order, config.batch_size), **loading)
+        held_out = make_loader(data.held_out, SkipBatchSampler(in_order, config.batch_size), **config.loading)
     if config.dry_run:
         return rehearse(learner, loader, micro_batches, plan, tokenizer)
 
@@ -391,9 +385,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         if reason is None and processes.is_main:
             card = model_card(asdict(resolved), data.report, records.last_eval, state.step)
             export_model(save_dir / "final", model, tokenizer_dir, dtype=getattr(torch, config.export_dtype), card=card)
-            logger.info(
-                "the model is in %s; talk to it: python -m scripts.chat %s", save_dir / "final", save_dir / "final"
-            )
+            logger.info("the model is in %s/final; talk to it: python -m scripts.chat %s", save_dir, save_dir)
         records.close("stopped" if reason else "completed", reason or "all steps done")
     close_processes(processes)
     return {"status": "stopped" if reason else "completed", "step": state.step, **records.last_eval}
@@ -402,7 +394,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
 def rehearse(
     learner: Learner, loader: DataLoader, micro_batches: int, plan: Plan, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, Any]:
-    """--dry_run: show one sample with its mask, and train two steps that nobody keeps to tell what the run will need."""
+    """--dry_run: show a sample with its mask, and train two steps that nobody keeps to tell what a run will need."""
     rows, processes = loader.dataset, learner.processes
     logger.info("\nthe first sample, supervised tokens in colour:\n%s", show(*rows.store.tokens(0), tokenizer))
     seconds = math.nan

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerFast
 
@@ -71,7 +72,12 @@ def make_loader(
     """Batches of rows; workers and pinned memory change their speed, never their content or order."""
     workers = {"prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers} if num_workers else {}
     return DataLoader(
-        rows, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory, **workers
+        rows,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        **workers,
     )
 
 

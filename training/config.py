@@ -24,6 +24,8 @@ ALLOWED_CHANGES = ("data", "template", "model", "seed", "schedule", "optimizer",
 
 SHAPE_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
+LOADING_FLAGS = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
+
 
 class ConfigError(ValueError):
     """Every problem of a configuration, one per line."""
@@ -156,6 +158,11 @@ class Config:
     def shape(self) -> dict[str, int]:
         """The shape flags that were given."""
         return {name: getattr(self, name) for name in SHAPE_FLAGS if getattr(self, name) is not None}
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How batches are loaded; none of it changes a result."""
+        return {name: getattr(self, name) for name in LOADING_FLAGS}
 
     @property
     def reports_to_wandb(self) -> bool:

@@ -27,15 +27,15 @@ class Plan:
     lr: Callable[[int], float]
 
     def due(self, step: int, interval: int) -> bool:
-        """Whether something that happens every `interval` steps, or at the end of the run, happens after `step`."""
+        """Whether what happens every `interval` steps, and at the end of the run, happens after `step`."""
         return (step - self.shift) % interval == 0 or step == self.total_steps
 
 
 def make_plan(config: Config, num_rows: int, window_rows: int, state: LoopState) -> Plan:
     """The plan from the position in `state` on.
 
-    `shift` is 0 unless the rows of a step have changed on the way: then the learning rate goes on from the same share of
-    the epochs, and the run has as many steps left as its rows need.
+    `shift` is 0 unless the rows of a step have changed on the way: then the learning rate goes on from the same share
+    of the epochs, and the run has as many steps left as its rows need.
     """
     steps_per_epoch = -(-num_rows // window_rows)
     left_in_epoch = -(-(num_rows - state.rows) // window_rows)
