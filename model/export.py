@@ -39,10 +39,10 @@ def export_model(
     dtype: torch.dtype = torch.float32,
     card: str = "",
 ) -> None:
-    """Publish `model` with its tokenizer as a Hugging Face directory; a reader sees the old one or the new one, whole.
+    """Publish `model` with its tokenizer as a Hugging Face directory, which is never seen half written.
 
-    `state_dict` replaces the model's own weights (gathered from shards, or averaged). `tokenizer` is a
-    directory, whose files are copied as they are, or a loaded tokenizer. `card` is the text of README.md.
+    `state_dict` replaces the model's own weights (gathered from shards, or averaged). `tokenizer` is a directory, whose
+    files are copied as they are, or a loaded tokenizer. `card` is the text of README.md.
     """
     directory = Path(directory).absolute()
     state_dict = model.state_dict() if state_dict is None else state_dict
@@ -140,7 +140,10 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def _publish(draft: Path, directory: Path) -> None:
-    """Flush a draft to the disk and give it its name; an earlier directory of that name steps aside, then goes."""
+    """Flush a draft to the disk and give it its name; an earlier directory of that name steps aside, then goes.
+
+    Between the two renames there is none of that name: no portable call swaps two directories.
+    """
     for path in sorted(draft.rglob("*")):
         if path.is_file():
             path.chmod(0o644)
@@ -149,7 +152,12 @@ def _publish(draft: Path, directory: Path) -> None:
     previous = directory.with_name(f".old-{directory.name}-{os.getpid()}")
     if directory.exists():
         directory.rename(previous)
-    draft.rename(directory)
+    try:
+        draft.rename(directory)
+    except OSError:
+        if previous.exists():
+            previous.rename(directory)
+        raise
     _fsync(directory.parent)
     shutil.rmtree(previous, ignore_errors=True)
 

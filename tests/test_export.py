@@ -126,6 +126,21 @@ def test_a_failed_export_leaves_the_old_one_alone(final, monkeypatch):
     assert {path.name for path in final.parent.iterdir()} == {"final"}
 
 
+def test_a_failed_rename_puts_the_old_one_back(final, monkeypatch):
+    before, rename = (final / "model.safetensors").read_bytes(), Path.rename
+
+    def fails_for_the_draft(self, target):
+        if self.name.startswith(".tmp-"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_draft)
+    with pytest.raises(OSError, match="Input/output"):
+        export_model(final, tiny(seed=1), TOKENIZER)
+    assert (final / "model.safetensors").read_bytes() == before
+    assert {path.name for path in final.parent.iterdir()} == {"final"}
+
+
 def test_every_file_is_on_the_disk_before_the_directory_has_its_name(tmp_path, monkeypatch):
     events, fsync, rename = [], os.fsync, Path.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
