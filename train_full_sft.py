@@ -384,7 +384,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         # 9. Close
         if reason is None and processes.is_main:
             card = model_card(asdict(resolved), data.report, records.last_eval, state.step)
-            export_model(save_dir / "final", model, tokenizer_dir, dtype=getattr(torch, config.export_dtype), card=card)
+            export_model(save_dir / "final", model, tokenizer, dtype=getattr(torch, config.export_dtype), card=card)
             logger.info("the model is in %s/final; talk to it: python -m scripts.chat %s", save_dir, save_dir)
         records.close("stopped" if reason else "completed", reason or "all steps done")
     close_processes(processes)

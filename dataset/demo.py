@@ -1,9 +1,9 @@
 """The embedded instruction set: small exercises from our own templates, whose answers can be checked letter by letter.
 
-Each family draws a problem and words it as a conversation. Whether a problem belongs to training or is held out depends on
-the problem alone (a hash of its key), never on the seed or the wording: no training set of any seed holds a held-out problem
-of another. Answers write their working out, and what is asked about stands at the end of the question, since a model of a
-million parameters learns in minutes to look back over a fixed distance but not to add in its head.
+Each family draws a problem and words it as a conversation. Whether a problem belongs to training or is held out depends
+on the problem alone (a hash of its key), never on the seed or the wording: no training set of any seed holds a held-out
+problem of another. Answers write their working out, and what is asked about stands at the end of the question: a model
+of a million parameters learns in minutes to look back over a fixed distance, but not to add in its head.
 Only `Random.random()` is used, whose sequence Python guarantees across versions.
 """
 
@@ -23,13 +23,13 @@ def words(text: str) -> list[str]:
 
 
 WORDS = words("""
-    apple bag bread cake cat dog doctor egg engine farm flower game garden hat house ice jar juice key kitchen lamp lemon lunch
-    mango milk music night office orange paper pizza queue quilt rabbit river salad school table ticket train uncle valley
-    violin water window yard year zebra zipper
+    apple bag bread cake cat dog doctor egg evening farm flower game garden home house ice jar juice key kitchen lemon
+    letter lunch milk mirror music night office orange paper pizza quarter queue ribbon river school season table ticket
+    train uncle unit video view water window yard year zebra zero
 """)
 NAMES = words("""
-    Adam Alice Anna Ben Carol Daniel David Emma Frank George Grace Helen Henry Jack James Jane John Julia Kate Laura Leo Linda
-    Lucy Maria Mark Martin Mary Max Nina Oscar Paul Peter Rosa Sam Sarah Susan Thomas Tom Victor William
+    Adam Alice Anna Ben Carol Daniel David Emma Frank George Grace Helen Henry Jack James Jane John Julia Kate Laura Leo
+    Linda Lucy Maria Mark Martin Mary Max Nina Oscar Paul Peter Rosa Sam Sarah Susan Thomas Tom Victor William
 """)
 THINGS = words(
     "tea chess music football painting swimming bread snow maths dancing trains poetry soup cats horses robots"
@@ -149,9 +149,7 @@ def counting(rng: Random) -> Problem:
     """The letters one by one, with the count so far behind each hit."""
     key, word = draw_letters(rng)
     letter = pick(rng, word) if rng.random() < 0.85 else pick(rng, "AEIORST")
-    question = pick(
-        rng, ["How often does {} occur in {}?", "How many letters {} are in {}?", "Count the letter {} in {}."]
-    )
+    question = pick(rng, ["How often does {} occur in {}?", "How many {} are in {}?", "Count the letter {} in {}."])
     steps, count = [], 0
     for each in word:
         count += each == letter
@@ -161,7 +159,7 @@ def counting(rng: Random) -> Problem:
 
 def units(rng: Random) -> Problem:
     many, factor, smaller = pick(rng, UNITS)
-    n = integer(rng, 2, 12)
+    n = integer(rng, 2, 20 if factor in (10, 100, 1000) else 12)
     question = pick(rng, ["How many {1} are {0}?", "Convert {0} to {1}."])
     return f"units {n} {many}", [question.format(f"{n} {many}", smaller), f"{n}x{factor}={n * factor} {smaller}."]
 

@@ -1,1 +1,1 @@
-"""The decoder, its attention, losses, loading, export, generation and tokenizer; nothing here knows the data or the loop."""
+"""The decoder, its attention, losses, loading, export, generation and tokenizer; it knows neither data nor loop."""

@@ -1,14 +1,12 @@
 """How tokens see each other: rotary positions, and attention that knows the boundaries of packed documents."""
 
+import functools
 import inspect
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
-
-# Since torch 2.12 grouped heads need a flag that 2.11 does not know.
-_VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -74,11 +72,20 @@ def document_attention(
     return torch.cat(outputs).to(dtype)
 
 
+@functools.cache
+def _varlen_kernel() -> tuple[Callable[..., Tensor], bool]:
+    """The kernel and whether it takes grouped heads, as since torch 2.12; imported late, it costs seconds."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, left_window: int
 ) -> Tensor:
-    flags = {"enable_gqa": True} if _VARLEN_GROUPS else {}
-    if not _VARLEN_GROUPS:
+    varlen_attn, knows_groups = _varlen_kernel()
+    flags = {"enable_gqa": True} if knows_groups else {}
+    if not knows_groups:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return varlen_attn(

@@ -1,8 +1,8 @@
 """Trains the byte-level BPE of model/tokenizer on the demo data and on given texts.
 
-The merges are learnt with every digit a word of its own, so that arithmetic always sees single digits; the saved file names
-the plain byte-level split instead. Both cut the training text into the same tokens, because no merge holds a digit, and
-the plain one is what other runtimes know as the "gpt-2" pre-tokenizer.
+The merges are learnt with every digit a word of its own, so that arithmetic always sees single digits; the saved file
+names the plain byte-level split instead. Both cut a text into the same tokens, because no merge holds a digit, and the
+plain one is what other runtimes know as the "gpt-2" pre-tokenizer.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def file_texts(path: Path) -> Iterator[str]:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of exactly vocab_size entries: control tokens, tags, 256 bytes, merges; ValueError if the text is too small."""
+    """A tokenizer of exactly vocab_size entries (named tokens, bytes, merges); ValueError if the text is too small."""
     tokenizer = Tokenizer(models.BPE())
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
@@ -81,11 +81,9 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the byte-level BPE tokenizer on the demo data and given texts.")
     parser.add_argument(
-        "--text", nargs="*", type=Path, default=[], help="text files (one paragraph per line) or .jsonl"
+        "--text", nargs="*", type=Path, default=[], help="files of text, one paragraph a line, or .jsonl"
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="directory for tokenizer.json and tokenizer_config.json"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="directory for the tokenizer's two JSON files")
     parser.add_argument("--vocab_size", type=int, default=6400, help="entries, special tokens and bytes included")
     options = parser.parse_args(arguments)
     texts = (text for source in [demo_texts(), *map(file_texts, options.text)] for text in source)
