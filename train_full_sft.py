@@ -5,7 +5,7 @@ The file reads top to bottom: `train_step` is one update, `train_epoch` the only
 loop alone normalises and backpropagates, so a new loss is a new objective and never a new loop.
 """
 
-from training.config import Config, ConfigError, config_from_command_line
+from training.config import SHAPE_FLAGS, Config, config_from_command_line
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     CONFIG = config_from_command_line()
@@ -14,10 +14,12 @@ import contextlib
 import itertools
 import logging
 import math
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,23 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from dataset.chat import show
-from dataset.load import RunData, load_rows, make_loader
+from dataset.load import load_rows, make_loader
 from dataset.prepare import DataOptions
 from dataset.reader import DataError
 from dataset.rows import FILLER, PackedRows, collate
 from model.card import model_card
-from model.choose import choose_model, choose_tokenizer, load_tokenizer, shape_of
+from model.choose import (
+    choose_model,
+    choose_tokenizer,
+    describe_model,
+    load_tokenizer,
+    shape_of,
+    weights_source,
+)
 from model.export import export_model
 from model.losses import make_sft_objective
 from trainer_utils import (
+    Checkpointer,
     Processes,
     RowSampler,
     SkipBatchSampler,
@@ -49,7 +59,6 @@ from trainer_utils import (
     micro_batches_per_step,
     parallelize,
     peak_memory_bytes,
-    save_checkpoint,
     seed_everything,
     setup_logging,
     start_processes,
@@ -60,18 +69,20 @@ from trainer_utils import (
 from training.checkpoints import (
     CheckpointError,
     CheckpointStore,
+    check_run_directory,
+    clear_run,
+    lock_run,
     read_trainer_state,
     refuse_changes,
-    refuse_existing_run,
-    replace_json,
+    verify,
 )
 from training.control import SignalFlags
-from training.environment import describe_environment
+from training.environment import write_descriptions
 from training.metrics import WandbSink
 from training.optimizers import make_optimizer
 from training.plan import Plan, identity_of, make_plan
 from training.records import Meter, RunRecords, duration, peak_flops
-from training.state import LoopState
+from training.state import LoopState, NonFiniteError
 from training.sums import Sums, token_means
 
 logger = logging.getLogger("train")
@@ -79,7 +90,7 @@ logger = logging.getLogger("train")
 Batch = dict[str, Any]
 Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
-EXIT_CODES = {ConfigError: 2, DataError: 65, CheckpointError: 74, OSError: 74, ValueError: 2}
+EXIT_CODES = {DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
 EXIT_BUG, EXIT_PREEMPTED = 70, 75
 
 
@@ -95,6 +106,7 @@ class Learner:
     dtype: torch.dtype
     grad_clip: float
     seed: int
+    measure: Objective  # what validation sums; the plain cross entropy, whatever is trained on
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -131,7 +143,7 @@ def train_step(learner: Learner, window: list[Batch], step: int, lr: float, supe
             loss = sum(term for term in terms.values() if term.requires_grad)
             scaler.scale(loss * (processes.world_size / supervised)).backward()
         for sums in (state.since_log, state.since_epoch):
-            sums.add(terms, supervised=len(batch["targets"]), tokens=len(batch["input_ids"]))
+            sums.add(terms, supervised=len(batch["targets"]), tokens=batch["num_tokens"])
 
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(learner.model.parameters(), learner.grad_clip or math.inf).item()
@@ -164,7 +176,7 @@ def train_epoch(
 
         # 2. agree: the one exchange of plain numbers between the ranks in a step
         supervised = sum(len(batch["targets"]) for batch in window)
-        tokens = sum(len(batch["input_ids"]) for batch in window)
+        tokens = sum(batch["num_tokens"] for batch in window)
         flags = [bool(signals.stop), bool(signals.save), problem is not None]
         supervised, tokens, stop, save, failed = processes.sum_ints([supervised, tokens, *flags])
         if failed:
@@ -183,22 +195,22 @@ def train_epoch(
         judge_norm(learner, norm, window, state, records, loader.dataset)
 
         # 5. log, validate, save
-        ends_epoch, ends_run = state.rows == plan.num_rows, state.step == plan.total_steps
         if plan.due(state.step, plan.log_steps):
             means = token_means(state.since_log.total(processes.sum_ints), "train")
             state.since_log = Sums()
             records.log_step(state, plan, {**means, "train/learning_rate": lr, "train/grad_norm": norm}, meter)
-        results = hooks.evaluate() if plan.due(state.step, plan.eval_steps) else {}
-        if ends_epoch or ends_run:
-            means = token_means(state.since_epoch.total(processes.sum_ints), "train")
-            records.log_epoch(
-                state, {**means, **results, "train/learning_rate": lr}, meter, peak_memory_bytes(processes.device)
-            )
-        if ends_epoch:  # also a checkpoint made now points at the start of the next epoch
-            state.next_epoch()
-        if plan.due(state.step, plan.save_steps) or save:
-            signals.save = 0
-            hooks.save()
+        with meter.paused():
+            results = hooks.evaluate() if plan.due(state.step, plan.eval_steps) else {}
+            ends_epoch = state.rows == plan.num_rows
+            if ends_epoch or state.step == plan.total_steps:
+                means = token_means(state.since_epoch.total(processes.sum_ints), "train")
+                values = {**means, **results, "train/learning_rate": lr}
+                records.log_epoch(state, plan, values, meter, peak_memory_bytes(processes.device))
+            if ends_epoch:  # also a checkpoint made now points at the start of the next epoch
+                state.next_epoch()
+            if plan.due(state.step, plan.save_steps) or save:
+                signals.save = 0
+                hooks.save()
         records.step_done(state, plan)
     return None
 
@@ -219,9 +231,12 @@ def judge_norm(
     """Count and report a step whose gradient was not finite; raises NonFiniteError when there are too many."""
     if math.isfinite(norm):
         state.non_finite_in_a_row = 0
-    elif learner.scaler.is_enabled() and learner.scaler.get_scale() >= 1.0:
-        state.overflows += 1  # routine in fp16: the loss scale was too high and has just been halved
+        return
+    (bad_losses,) = learner.processes.sum_ints([int(state.since_epoch.values["non_finite"])])
+    if learner.scaler.is_enabled() and bad_losses == state.bad_losses and learner.scaler.get_scale() >= 1.0:
+        state.overflows += 1  # routine in fp16: the losses are fine, the scale was too high and has just been halved
     else:
+        state.bad_losses = bad_losses
         samples = [rows.store.where(i) for batch in window for i in batch["sample_ids"] if i != FILLER]
         logger.warning(
             "step %d: gradient norm %s, weights left alone; samples of this rank: %s", state.step, norm, samples
@@ -238,8 +253,8 @@ def validate(learner: Learner, loader: DataLoader) -> dict[str, float]:
     for batch in loader:
         batch = to_device(batch, learner.processes.device)
         with learner.autocast():
-            terms = learner.objective(model, batch)
-        sums.add(terms, supervised=len(batch["targets"]), tokens=len(batch["input_ids"]))
+            terms = learner.measure(model, batch)
+        sums.add(terms, supervised=len(batch["targets"]), tokens=batch["num_tokens"])
     model.train()
     return token_means(sums.total(learner.processes.sum_ints), "eval")
 
@@ -255,14 +270,18 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     setup_logging(rank)
 
     # 1. Data, before the process group exists: tokenising a large file must not run into the group's timeout
-    store = CheckpointStore(save_dir / "checkpoints", config.keep_last)
     if rank == 0:
-        refuse_existing_run(save_dir, resumes=config.resumes, overwrite=config.overwrite)
-    tokenizer_dir = choose_tokenizer(config.tokenizer, config.from_weight)
-    tokenizer = load_tokenizer(tokenizer_dir)
-    data = load_data(config, tokenizer, owner=local_rank == 0)
+        check_run_directory(save_dir, config.continues, config.overwrite)
+    from_weight = weights_source(config.from_weight)
+    tokenizer_source = choose_tokenizer(config.tokenizer, from_weight)
+    tokenizer = load_tokenizer(tokenizer_source)
+    data = load_rows(
+        config.data_path, config.val_data_path, config.val_fraction, config.seed, tokenizer,
+        DataOptions(**config.data_options), Path(config.cache_dir), owner=local_rank == 0, echo=logger.info,
+    )  # fmt: skip
 
     # 2. Processes
+    lock = lock_run(save_dir) if rank == 0 and not config.dry_run else None
     processes = start_processes(config.device, config.group_timeout_seconds)
     if config.deterministic:
         use_deterministic_kernels()
@@ -270,9 +289,8 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     dtype = auto if config.dtype == "auto" else config.dtype
 
     # 3. Model
-    model = choose_model(config.from_weight, config.shape, config.dropout, config.seed, len(tokenizer))
-    model.to(processes.device)
-    body, head = model.parameter_counts()
+    model = choose_model(from_weight, config.shape, config.dropout, config.seed, len(tokenizer)).to(processes.device)
+    measure = objective or make_sft_objective()
     objective = objective or make_sft_objective(config.label_smoothing)
     filler = to_device(collate([data.train[FILLER]]), processes.device)
     parallel = parallelize(model.train(), processes, zero_loss=lambda wrapped: objective(wrapped, filler)["ce"])
@@ -281,22 +299,26 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == "float16")
     learner = Learner(
-        parallel, optimizer, scaler, objective, processes, getattr(torch, dtype), config.grad_clip, config.seed
+        parallel, optimizer, scaler, objective, processes, getattr(torch, dtype), config.grad_clip, config.seed, measure
     )
 
     # 5. Resume
-    checkpoint = find_checkpoint(config.from_resume, store, processes) if config.resumes else None
+    store = CheckpointStore(save_dir / "checkpoints", config.keep_last)
+    checkpoint = find_checkpoint(config.from_resume, store, verify, processes) if config.resumes else None
     saved = read_trainer_state(checkpoint) if checkpoint else {}
+    state = LoopState.from_dict(saved["loop"], processes.is_main) if checkpoint else LoopState()
     rows_at_first_start = config.batch_size * config.accumulation_steps * processes.world_size
     window_rows = config.global_batch_size or saved.get("global_batch_size", rows_at_first_start)
     micro_batches = micro_batches_per_step(window_rows, processes.world_size, config.batch_size)
-    state = LoopState.from_dict(saved["loop"], processes.is_main) if checkpoint else LoopState()
     plan = make_plan(config, len(data.train), window_rows, state)
-    identity = {**data.identity, **identity_of(config, dtype, window_rows, body + head)}
+    identity = {**data.identity, **identity_of(config, dtype, window_rows, describe_model(model))}
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
-        if state.step >= plan.total_steps and (save_dir / "final").exists():
-            logger.info("%s is finished, nothing to do (more epochs: --allow_change schedule)", save_dir)
+        if config.continues and state.step >= plan.total_steps and (save_dir / "final").exists():
+            logger.info(
+                "%s is finished, nothing to do. More epochs: --allow_change schedule; a new run on the result: "
+                "--from_weight %s/final with another --save_dir", save_dir, save_dir,
+            )  # fmt: skip
             return {"status": "completed", "step": state.step}
         load_checkpoint(checkpoint, model, optimizer)
         scaler.load_state_dict(saved["scaler"])
@@ -316,48 +338,38 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
             window_rows=config.batch_size * processes.world_size, slots=config.batch_size,
         )  # fmt: skip
         held_out = make_loader(data.held_out, SkipBatchSampler(in_order, config.batch_size), **config.loading)
+    shares = f"{processes.world_size} processes x {micro_batches} micro-batches x at most {config.batch_size}"
+    logger.info("%d steps of %d rows (%s), %s on %s", plan.total_steps, window_rows, shares, dtype, processes.device)
     if config.dry_run:
         return rehearse(learner, loader, micro_batches, plan, tokenizer)
 
     # 7. Records
-    records = RunRecords(save_dir, processes.is_main)
-    records.flops_per_token = (6.0 * body, 6.0 * head)
     device_name = device_name_of(processes.device)
-    records.peak_flops = peak_flops(device_name, processes.world_size)
     resolved = replace(
-        config, tokenizer=tokenizer_dir, device=processes.device.type, dtype=dtype, overwrite=False,
-        global_batch_size=window_rows, accumulation_steps=micro_batches, **shape_of(model),
+        config, tokenizer=tokenizer_source, device=processes.device.type, dtype=dtype, overwrite=False,
+        from_resume="0", allow_change="", global_batch_size=window_rows, accumulation_steps=micro_batches,
+        **shape_of(model, SHAPE_FLAGS),
     )  # fmt: skip
-    wandb_id = saved.get("wandb_id") or uuid.uuid4().hex[:12]
+    constants = {
+        "identity": identity,
+        "global_batch_size": window_rows,
+        "world_size": processes.world_size,
+        "wandb_id": saved["wandb_id"] if checkpoint and config.continues else uuid.uuid4().hex[:12],
+        "config": asdict(resolved),
+    }
     if processes.is_main:
-        save_dir.mkdir(parents=True, exist_ok=True)
-        (save_dir / "config.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
-        replace_json(save_dir / "data_report.json", data.report)
-        replace_json(
-            save_dir / "environment.json",
-            describe_environment(device_name, processes.world_size, torch.get_num_threads()),
-        )
-        if config.reports_to_wandb:
-            records.metrics.follow(lambda: WandbSink(config.wandb_project, wandb_id, save_dir, asdict(resolved)))
-    saved_step = state.step if checkpoint else -1
-
-    def save() -> None:
-        nonlocal saved_step
-        if state.step == saved_step or state.step == 0:
-            return
-        started = time.perf_counter()
-        trainer_state = {
-            "loop": state.to_dict(processes.sum_ints),
-            "scaler": scaler.state_dict(),
-            "identity": identity,
-            "global_batch_size": window_rows,
-            "world_size": processes.world_size,
-            "wandb_id": wandb_id,
-            "config": asdict(resolved),
-        }
-        save_checkpoint(store, state.step, model, optimizer, trainer_state, processes)
-        saved_step = state.step
-        records.event(state.step, "checkpoint", seconds=time.perf_counter() - started)
+        if config.overwrite:
+            clear_run(save_dir)
+        store.set_aside_newer(state.step, warn=logger.warning)
+        write_descriptions(save_dir, resolved, data.report, device_name, processes.world_size, torch.get_num_threads())
+    body, head = model.parameter_counts()
+    peak = peak_flops(device_name, processes.world_size)
+    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), peak)
+    if processes.is_main and config.reports_to_wandb:
+        wandb = partial(WandbSink, config.wandb_project, constants["wandb_id"], save_dir, asdict(resolved))
+        records.metrics.follow(wandb)
+    checkpointer = Checkpointer(store, model, optimizer, scaler, state, constants, processes, records.event)
+    reason = None
 
     def evaluate() -> dict[str, float]:
         if held_out is None:
@@ -367,28 +379,32 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         return results
 
     # 8. Epochs
-    reason = None
     with records.running(state, plan), SignalFlags() as signals:
         if config.eval_at_start and state.step == 0:
             evaluate()
-        for epoch in range(state.epoch, plan.epochs):
+        for epoch in itertools.count(state.epoch):
+            if reason or state.step >= plan.total_steps:
+                break
             sampler.set_epoch(epoch)
             # A window is the rows of one step. Whole windows are skipped as batches; rows before the first whole window
             # (after a change of the rows per step) are left out by the sampler.
             whole_windows, sampler.offset = divmod(state.rows, window_rows)
             batches.skip_batches = whole_windows * micro_batches
-            reason = train_epoch(learner, loader, micro_batches, state, plan, records, signals, Hooks(save, evaluate))
-            if reason:
-                break
+            hooks = Hooks(checkpointer.save, evaluate)
+            reason = train_epoch(learner, loader, micro_batches, state, plan, records, signals, hooks)
 
         # 9. Close
-        if reason is None and processes.is_main:
+        if reason:
+            logger.warning("%s after step %d; go on with --from_resume 1", reason, state.step)
+        elif processes.is_main:
             card = model_card(asdict(resolved), data.report, records.last_eval, state.step)
             export_model(save_dir / "final", model, tokenizer, dtype=getattr(torch, config.export_dtype), card=card)
             logger.info("the model is in %s/final; talk to it: python -m scripts.chat %s", save_dir, save_dir)
         records.close("stopped" if reason else "completed", reason or "all steps done")
     close_processes(processes)
-    return {"status": "stopped" if reason else "completed", "step": state.step, **records.last_eval}
+    del lock  # held until here
+    status = "completed" if not reason else "preempted" if signals.stop != signal.SIGINT else "stopped"
+    return {"status": status, "step": state.step, **records.last_eval}
 
 
 def rehearse(
@@ -403,7 +419,7 @@ def rehearse(
             raise problem
         (supervised,) = processes.sum_ints([sum(len(batch["targets"]) for batch in window)])
         started = time.perf_counter()
-        train_step(learner, window, step, plan.lr(1), supervised, LoopState())
+        train_step(learner, window, step, 0.0, supervised, LoopState())
         seconds = time.perf_counter() - started
     logger.info(
         "\n%d epochs x %d steps = %d steps of %d rows (%d micro-batches per rank), about %.2f s each: %s in all; "
@@ -415,28 +431,18 @@ def rehearse(
     return {"status": "completed", "step": 0}
 
 
-def load_data(config: Config, tokenizer: PreTrainedTokenizerFast, owner: bool) -> RunData:
-    options = DataOptions(
-        prompt_field=config.prompt_field, response_field=config.response_field, system_field=config.system_field,
-        max_seq_len=config.max_seq_len, overlong=config.overlong, bad_rows=config.bad_rows,
-    )  # fmt: skip
-    return load_rows(
-        config.data_path, config.val_data_path, config.val_fraction, config.seed, tokenizer, options,
-        Path(config.cache_dir), owner, echo=logger.info,
-    )  # fmt: skip
-
-
 def main(config: Config) -> int:
     """Run and turn what went wrong into one message and an exit code that says what kind of thing it was."""
     try:
         summary = run(config)
     except tuple(EXIT_CODES) as error:
-        logger.error("error: %s", error if environment_rank()[0] == 0 else str(error).splitlines()[0])
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        logger.error("error: %s", error if environment_rank()[0] == 0 else first_line)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except Exception:
         logger.exception("stopped by an error")
         return EXIT_BUG
-    return 0 if summary["status"] == "completed" else EXIT_PREEMPTED
+    return EXIT_PREEMPTED if summary["status"] == "preempted" else 0
 
 
 if __name__ == "__main__":

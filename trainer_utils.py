@@ -19,6 +19,7 @@ import random
 import resource
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +60,13 @@ class Processes:
 
     def sum_ints(self, values: Sequence[int]) -> list[int]:
         """Sum over ranks of whole numbers that live on the host: exact, whatever the order of additions."""
-        return self._reduced(torch.tensor(values, dtype=torch.int64))
-
-    def sum_floats(self, values: Sequence[float]) -> list[float]:
-        return self._reduced(torch.tensor(values, dtype=torch.float64))
-
-    def _reduced(self, values: Tensor) -> list:
+        total = torch.tensor(values, dtype=torch.int64)
         if self.world_size > 1:
-            dist.all_reduce(values, group=self.host_group)
-        return values.tolist()
+            dist.all_reduce(total, group=self.host_group)
+        return total.tolist()
+
+    def wait_for_all(self) -> None:
+        self.sum_ints([0])
 
     def from_main(self, value: int) -> int:
         """The number that rank 0 has."""
@@ -81,28 +80,32 @@ def environment_rank() -> tuple[int, int, int]:
     )  # type: ignore[return-value]
 
 
-def start_processes(device: str, timeout_seconds: float) -> Processes:
-    """Join the process group that torchrun describes: NCCL on CUDA, gloo on CPU. `device` is auto, cpu or cuda."""
-    rank, local_rank, world_size = environment_rank()
-    if device == "cuda" and not torch.cuda.is_available():
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """The device of a process: `wanted` is auto, cpu or cuda. Raises ValueError where there is no such device."""
+    if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch"
+            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build of torch"
         )
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if use_cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"--nproc_per_node: rank {local_rank} of this node has no GPU, there are {torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(local_rank)
-    else:
+    if wanted == "cpu" or not torch.cuda.is_available():
         keep_freed_memory()
-    place = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"--nproc_per_node: process {local_rank} has no GPU, there are {torch.cuda.device_count()} here"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def start_processes(device: str, timeout_seconds: float) -> Processes:
+    """Join the process group that torchrun describes: NCCL on CUDA, gloo on CPU."""
+    rank, local_rank, world_size = environment_rank()
+    place = choose_device(device, local_rank)
     if world_size == 1:
         return Processes(rank, local_rank, world_size, place)
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout, device_id=place if use_cuda else None)
-    host_group = dist.new_group(backend="gloo", timeout=timeout) if use_cuda else None
+    timeout, on_cuda = datetime.timedelta(seconds=timeout_seconds), place.type == "cuda"
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout, device_id=place if on_cuda else None)
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else None
     _LIVES_UNTIL_EXIT.extend([dist.group.WORLD, host_group])
     return Processes(rank, local_rank, world_size, place, host_group)
 
@@ -280,13 +283,11 @@ def micro_batches_per_step(window_rows: int, world_size: int, batch_size: int) -
 class Store(Protocol):
     """What the helper needs of the directory of checkpoints; training/checkpoints.py has it."""
 
-    def newest_verified(self, warn: Callable[[str], None]) -> Path | None: ...
-    def verified(self, path: Path) -> Path: ...
+    def newest_verified(self, warn: Callable[[str], None]) -> int | None: ...
+    def path(self, step: int) -> Path: ...
     def begin(self, step: int) -> Path: ...
-    def temporary(self, step: int) -> Path: ...
     def publish(self, step: int) -> Path: ...
     def abandon(self, step: int) -> None: ...
-    def path(self, step: int) -> Path: ...
 
 
 MODEL_FILE = "model-00001-of-00001.safetensors"
@@ -323,7 +324,7 @@ def save_checkpoint(
     processes: Processes,
 ) -> None:
     """Write and publish weights, optimizer and trainer state; called on, and raising OSError on, all ranks alike."""
-    problem: OSError | None = None
+    problem: Exception | None = None
     if processes.is_main:
         try:
             directory = store.begin(step)
@@ -331,22 +332,53 @@ def save_checkpoint(
             save_file(optimizer_tensors(model, optimizer), directory / OPTIMIZER_FILE)
             (directory / STATE_FILE).write_text(json.dumps(trainer_state, indent=1, allow_nan=False), encoding="utf-8")
             store.publish(step)
-        except OSError as error:
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
             problem = error
             store.abandon(step)
     if processes.from_main(int(problem is not None)):
-        raise problem or OSError(f"rank 0 could not save step {step}")
+        raise OSError(f"the checkpoint of step {step} could not be saved, older ones stand: {problem or 'see rank 0'}")
 
 
-def find_checkpoint(wanted: str, store: Store, processes: Processes) -> Path | None:
-    """The checkpoint to continue from: `wanted` is a path, or 1 for the newest good one. Rank 0 verifies it for all."""
+class Checkpointer:
+    """Makes the checkpoints of one run, each with the loop's state and the run's constants, and none twice."""
+
+    def __init__(
+        self,
+        store: Store,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        state: Any,
+        constants: dict[str, Any],
+        processes: Processes,
+        report: Callable[..., None],
+    ):
+        """`state` has `step` and `to_dict(sum_ints)`; `report(step, event, **values)` hears of each checkpoint."""
+        self.store, self.model, self.optimizer, self.scaler = store, model, optimizer, scaler
+        self.state, self.constants, self.processes, self.report = state, constants, processes, report
+        self.saved_step = state.step
+
+    def save(self) -> None:
+        """Every rank must call it; raises OSError on all of them when it fails."""
+        if self.state.step == self.saved_step:
+            return
+        started, step = time.perf_counter(), self.state.step
+        moving = {"loop": self.state.to_dict(self.processes.sum_ints), "scaler": self.scaler.state_dict()}
+        trainer_state = {**moving, **self.constants}
+        save_checkpoint(self.store, step, self.model, self.optimizer, trainer_state, self.processes)
+        self.saved_step = step
+        self.report(step, "checkpoint", seconds=time.perf_counter() - started)
+
+
+def find_checkpoint(wanted: str, store: Store, verify: Callable[[Path], Any], processes: Processes) -> Path | None:
+    """The checkpoint to continue from: `wanted` is a path, else the newest good one. Rank 0 verifies it for all."""
     if wanted in ("0", "1"):
         newest = store.newest_verified(warn=logger.warning) if processes.is_main else None
-        step = processes.from_main(int(newest.name.removeprefix("step-")) if newest else -1)
+        step = processes.from_main(-1 if newest is None else newest)
         return store.path(step) if step >= 0 else None
     if processes.is_main:
-        store.verified(Path(wanted))
-    processes.from_main(0)  # nobody reads before it is verified
+        verify(Path(wanted))
+    processes.wait_for_all()  # nobody reads before it is verified
     return Path(wanted)
 
 

@@ -9,6 +9,7 @@ Only `Random.random()` is used, whose sequence Python guarantees across versions
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -37,16 +38,6 @@ THINGS = words(
 DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MONTHS = words("January February March April May June July August September October November December")
 UNITS = [  # (unit, how many of the smaller unit it holds, the smaller unit)
-    ("hours", 60, "minutes"),
-    ("minutes", 60, "seconds"),
-    ("degrees", 60, "arc minutes"),
-    ("years", 12, "months"),
-    ("feet", 12, "inches"),
-    ("dozen", 12, "pieces"),
-    ("weeks", 7, "days"),
-    ("days", 24, "hours"),
-    ("gallons", 4, "quarts"),
-    ("yards", 3, "feet"),
     ("decades", 10, "years"),
     ("centimetres", 10, "millimetres"),
     ("metres", 100, "centimetres"),
@@ -95,7 +86,8 @@ def addition(rng: Random) -> Problem:
 
 
 def draw_numbers(rng: Random) -> tuple[str, list[int]]:
-    numbers = several(rng, 3, lambda: integer(rng, 10, 99))
+    """Three numbers with different tens digits."""
+    numbers = [10 * tens + integer(rng, 0, 9) for tens in several(rng, 3, lambda: integer(rng, 1, 9))]
     return f"numbers {listing(sorted(numbers))}", numbers
 
 
@@ -132,7 +124,7 @@ def alphabetical(rng: Random) -> Problem:
 def draw_letters(rng: Random) -> tuple[str, str]:
     """A word in capitals, which the tokenizer cuts into small regular pieces; half of them are invented."""
     if rng.random() < 0.5:
-        word = pick(rng, [word for word in WORDS if len(word) > 3])
+        word = pick(rng, [word for word in WORDS if 3 < len(word) < 7])
     else:
         word = "".join(pick(rng, "bdfgklmnprstvz") + pick(rng, "aeiou") for _ in range(2))
         word += pick(rng, ["", "", "l", "n", "r", "s"])
@@ -146,27 +138,26 @@ def backwards(rng: Random) -> Problem:
 
 
 def counting(rng: Random) -> Problem:
-    """The letters one by one, with the count so far behind each hit."""
+    """The letters one by one with their numbers."""
     key, word = draw_letters(rng)
-    letter = pick(rng, word) if rng.random() < 0.85 else pick(rng, "AEIORST")
-    question = pick(rng, ["How often does {} occur in {}?", "How many {} are in {}?", "Count the letter {} in {}."])
-    steps, count = [], 0
-    for each in word:
-        count += each == letter
-        steps.append(f"{each}{count}" if each == letter else each)
-    return key, [question.format(letter, word), f"Letters: {' '.join(steps)}. Count: {count}."]
+    question = pick(rng, ["How many letters are in {}?", "How long is the word {}?", "Count the letters of {}."])
+    steps = " ".join(f"{letter}{number}" for number, letter in enumerate(word, 1))
+    return key, [question.format(word), f"{steps}, so {len(word)} letters."]
 
 
 def units(rng: Random) -> Problem:
     many, factor, smaller = pick(rng, UNITS)
-    n = integer(rng, 2, 20 if factor in (10, 100, 1000) else 12)
+    n = integer(rng, 2, 99)
     question = pick(rng, ["How many {1} are {0}?", "Convert {0} to {1}."])
-    return f"units {n} {many}", [question.format(f"{n} {many}", smaller), f"{n}x{factor}={n * factor} {smaller}."]
+    return f"units {n} {many} {smaller}", [
+        question.format(f"{n} {many}", smaller),
+        f"{n}x{factor}={n * factor} {smaller}.",
+    ]
 
 
 def calendar(rng: Random) -> Problem:
     cycle, noun = pick(rng, [(DAYS, "day"), (MONTHS, "month")])
-    start, distance = integer(rng, 0, len(cycle) - 1), integer(rng, 1, 8)
+    start, distance = integer(rng, 0, len(cycle) - 1), integer(rng, 1, 7)
     sign, relation = pick(rng, [(1, "after"), (-1, "before")])
     question = pick(rng, ["Which {0} comes {1} {2} {3}?", "What {0} is {1} {2} {3}?", "Tell me the {0} {1} {2} {3}."])
     span = f"{distance} {noun}" + "s" * (distance > 1)
@@ -223,7 +214,7 @@ def chinese_numeral(number: int) -> str:
 
 
 def chinese(rng: Random) -> Problem:
-    number = integer(rng, 1, 999)
+    number = integer(rng, 10, 99) if rng.random() < 0.4 else integer(rng, 100, 999)
     characters = chinese_numeral(number)
     question, answer = pick(
         rng,
@@ -249,16 +240,16 @@ FAMILIES: dict[str, Callable[[Random], Problem]] = {
     "chinese": chinese,
 }
 TRAINING_ROWS = {
-    "addition": 2000,
-    "ordering": 2000,
-    "alphabetical": 1500,
-    "backwards": 2000,
-    "counting": 2000,
-    "units": 1000,
-    "calendar": 1500,
-    "follow_up": 1500,
-    "memory": 700,
-    "chinese": 800,
+    "addition": 3000,
+    "ordering": 5000,
+    "alphabetical": 4000,
+    "backwards": 4500,
+    "counting": 2500,
+    "units": 2500,
+    "calendar": 2500,
+    "follow_up": 4000,
+    "memory": 1500,
+    "chinese": 3500,
 }
 HELD_OUT_ROWS = 30  # of each family
 MAX_DRAWS = 100_000  # a family with too few problems is our error, not an endless loop
@@ -310,10 +301,17 @@ def held_out_conversations(seed: int = 42) -> list[dict[str, Any]]:
 
 
 def write_demo(directory: str | Path, seed: int = 42) -> tuple[Path, Path]:
-    """Writes train.jsonl and heldout.jsonl into `directory` (made if absent) and returns their paths."""
+    """Writes train.jsonl and heldout.jsonl into `directory` (made if absent) and returns their paths.
+
+    Several processes may call it at once: a file appears whole, and one that is there with this content is left alone.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     paths = directory / "train.jsonl", directory / "heldout.jsonl"
     for path, rows in zip(paths, (training_conversations(seed), held_out_conversations(seed)), strict=True):
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        if not path.exists() or path.read_bytes() != content:
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
     return paths

@@ -75,5 +75,6 @@ def collate(rows: list[list[Document]]) -> dict[str, Any]:
         "document_lengths": lengths.tolist(),
         "supervised_positions": torch.from_numpy(np.flatnonzero(counted)),
         "targets": torch.from_numpy(next_ids[counted]),
+        "num_tokens": sum(len(d.ids) - 1 for d in documents if d.sample != FILLER),
         "sample_ids": [document.sample for document in documents],
     }

@@ -1,17 +1,20 @@
 """From the model flags of a run to its model and tokenizer: the calls that the trainer and the other entries make."""
 
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from model.decoder import DecoderConfig
+from model.decoder import Decoder, DecoderConfig
 from model.loading import build_model, load_model
 
 NEW = "none"
 OWN_TOKENIZER = Path(__file__).resolve().parent / "tokenizer"
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def choose_tokenizer(tokenizer: str | None, from_weight: str) -> str:
@@ -38,7 +41,11 @@ def choose_model(from_weight: str, shape: dict[str, int], dropout: float, seed: 
     if from_weight == NEW:
         return build_model(DecoderConfig(vocab_size=vocab_size, dropout=dropout, **shape), seed)
     model = load_model(from_weight, dropout=dropout)
-    loaded = shape_of(model)
+    if dropout and not isinstance(model, Decoder):
+        raise ValueError(
+            f"--dropout {dropout}: {from_weight} keeps the dropout of its own config.json; change it there"
+        )
+    loaded = shape_of(model, shape)
     problems = [
         f"--{name} {value}: {from_weight} has {loaded[name]}" for name, value in shape.items() if loaded[name] != value
     ]
@@ -51,6 +58,28 @@ def choose_model(from_weight: str, shape: dict[str, int], dropout: float, seed: 
     return model
 
 
-def shape_of(model: Any) -> dict[str, int | None]:
+def shape_of(model: Any, names: Iterable[str]) -> dict[str, int | None]:
     """The shape under the names of the flags; None for what a foreign family does not have."""
-    return {name: getattr(model.config, name, None) for name in SHAPE}
+    return {name: getattr(model.config, name, None) for name in names}
+
+
+def describe_model(model: Any) -> str:
+    """What the model computes, in a line: two models that differ in more than their weights differ in it."""
+    if isinstance(model, Decoder):
+        return ", ".join(f"{name} {value}" for name, value in asdict(model.config).items() if name != "dropout")
+    config = json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str)
+    return f"{type(model.inner).__name__} {hashlib.sha256(config.encode()).hexdigest()[:16]}"
+
+
+def exported_directory(path: Path) -> Path:
+    """The directory that holds the weights, `path` or its final/. Raises ValueError that says what is there instead."""
+    for directory in (path, path / "final"):
+        if (directory / "config.json").is_file():
+            return directory
+    found = "has neither config.json nor final/" if path.is_dir() else "does not exist"
+    raise ValueError(f"{path} {found}: name an exported model (runs/x/final) or a run that is finished (runs/x)")
+
+
+def weights_source(from_weight: str) -> str:
+    """--from_weight as it is loaded: a finished run stands for its final/; what is no directory is none or a Hub id."""
+    return str(exported_directory(Path(from_weight))) if Path(from_weight).is_dir() else from_weight

@@ -34,7 +34,7 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
+    initializer_range: float | None = None  # sqrt(2 / (5 hidden_size)), 0.028 at 512 (Nguyen & Salazar 2019)
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -43,6 +43,8 @@ class DecoderConfig:
             self.intermediate_size = math.ceil(self.hidden_size * 3.25 / 64) * 64
         if self.num_key_value_heads is None:
             self.num_key_value_heads = heads // 2 if heads % 2 == 0 else heads
+        if self.initializer_range is None:
+            self.initializer_range = math.sqrt(2 / (5 * max(self.hidden_size, 1)))
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(heads, 1)
         positive = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
@@ -141,17 +143,21 @@ class Decoder(nn.Module):
     def initialise(self, generator: torch.Generator) -> None:
         """Fill all weights from a CPU generator in parameter order, so that no device and no global seed plays a part.
 
-        Normal(0, initializer_range); the projections that write into the residual stream are divided by
-        sqrt(2 x layers), which keeps its variance independent of the depth (Radford et al. 2019).
+        Embedding: normal(0, initializer_range). Projections: normal(0, 1 / sqrt(inputs)), which keeps the variance of
+        what passes through whatever the width (LeCun et al. 1998); those that write into the residual stream are divided
+        by sqrt(2 x layers), which keeps its variance whatever the depth (Radford et al. 2019).
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
-            writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            depth = 2 * self.config.num_hidden_layers if writes_residual else 1
             draw = torch.empty(parameter.shape).normal_(0.0, 1.0, generator=generator)
-            parameter.copy_(draw * (self.config.initializer_range / math.sqrt(depth)))
+            if name == "model.embed_tokens.weight":
+                parameter.copy_(draw * self.config.initializer_range)
+            else:
+                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                depth = 2 * self.config.num_hidden_layers if writes_residual else 1
+                parameter.copy_(draw / math.sqrt(parameter.shape[1] * depth))
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only each layer's input for the backward pass and compute the rest again."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.evaluate import exported_directory, positive
+from scripts.evaluate import positive
 
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character while its last ones are missing
@@ -125,16 +125,15 @@ class Talk:
 
 def load(options: argparse.Namespace) -> Talk:
     """Raises ValueError that says what is wrong with a flag or with the directory."""
-    directory = exported_directory(options.directory)
-
     from dataset.chat import ChatRenderer
-    from model.choose import load_tokenizer
+    from model.choose import exported_directory, load_tokenizer
     from model.generate import Sampling
     from model.loading import load_model
-    from trainer_utils import start_processes
+    from trainer_utils import choose_device
 
+    directory = exported_directory(options.directory)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    device = start_processes(options.device, timeout_seconds=0).device
+    device = choose_device(options.device)
     model, tokenizer = load_model(directory).to(device), load_tokenizer(str(directory))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     hint(f"{directory}: {parameters:,} parameters on {device}" + ("" if options.prompt else f"; {COMMANDS}"))

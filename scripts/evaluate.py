@@ -56,15 +56,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def exported_directory(path: Path) -> Path:
-    """The directory that holds the weights, `path` or its final/. Raises ValueError that says what is there instead."""
-    for directory in (path, path / "final"):
-        if (directory / "config.json").is_file():
-            return directory
-    found = "has neither config.json nor final/" if path.is_dir() else "does not exist"
-    raise ValueError(f"{path} {found}: name an exported model (runs/x/final) or a run that is finished (runs/x)")
-
-
 def spread(items: list[Any], count: int) -> list[Any]:
     """At most `count` items, evenly spaced: many files are sorted, and their first items speak for one kind only."""
     count = min(count, len(items))
@@ -139,9 +130,9 @@ def evaluate(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     from dataset.prepare import DataOptions, prepare
     from model.choose import load_tokenizer
     from model.loading import load_model
-    from trainer_utils import start_processes
+    from trainer_utils import choose_device
 
-    device = start_processes(options.device, timeout_seconds=0).device
+    device = choose_device(options.device)
     model, tokenizer = load_model(directory).to(device).eval(), load_tokenizer(str(directory))
     path = write_demo(options.cache_dir / "demo")[1] if options.data_path == "demo" else Path(options.data_path)
     context = model.config.max_position_embeddings
@@ -181,6 +172,8 @@ def print_result(result: dict[str, Any], shown: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     sys.stdout.reconfigure(encoding="utf-8")
+    from model.choose import exported_directory
+
     try:
         directory = exported_directory(options.directory.absolute())
         out = options.out or (directory.parent if directory.name == "final" else directory) / "evaluation.json"

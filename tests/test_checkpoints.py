@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -34,7 +36,7 @@ def test_the_last_n_are_kept_and_nothing_temporary_stays(store):
 def test_a_save_that_was_cut_short_does_not_count_and_is_swept(store):
     publish(store, 3)
     (store.begin(6) / "model-00001-of-00001.safetensors").write_bytes(b"half")
-    assert store.newest_verified(pytest.fail) == store.path(3)
+    assert store.newest_verified(pytest.fail) == 3
     publish(store, 9)
     assert sorted(os.listdir(store.directory)) == ["step-00000003", "step-00000009"]
 
@@ -84,10 +86,10 @@ DAMAGE = {
 def test_damage_is_found_and_the_one_before_is_taken(store, damage):
     publish(store, 3)
     publish(store, 6)
-    assert store.newest_verified(pytest.fail) == store.path(6)
+    assert store.newest_verified(pytest.fail) == 6
     DAMAGE[damage](store.path(6))
     warnings = []
-    assert store.newest_verified(warnings.append) == store.path(3)
+    assert store.newest_verified(warnings.append) == 3
     assert "step-0000000" in warnings[0]
 
 
@@ -112,3 +114,29 @@ def test_changes_are_shown_with_both_values():
     assert refuse_changes({"seed": 1, "data": "a"}, {"seed": 2, "data": "a"}, ["seed"]) == ["seed"]
     with pytest.raises(ValueError, match="data: the checkpoint has a, this run b"):
         refuse_changes({"seed": 1, "data": "a"}, {"seed": 2, "data": "b"}, ["seed"])
+
+
+def test_what_lies_beyond_the_resumed_step_is_set_aside_and_never_crowds_out_the_new_ones(store):
+    for step in (3, 16, 18):
+        publish(store, step) if step == 3 else publish(CheckpointStore(store.directory, keep_last=9), step)
+    said = []
+    store.set_aside_newer(3, said.append)
+    assert store.steps() == [3] and len(said) == 2
+    assert (store.directory / "aside-step-00000018" / "manifest.json").exists(), "nothing is lost"
+    publish(store, 4)
+    publish(store, 5)
+    assert store.steps() == [4, 5] and store.newest_verified(pytest.fail) == 5
+
+
+def test_a_directory_can_be_held_by_one_process_only(tmp_path):
+    from training.checkpoints import lock_run
+
+    first = lock_run(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from training.checkpoints import lock_run; lock_run(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert refused.returncode and f"process {os.getpid()} on" in refused.stderr
+    first.close()
+    assert subprocess.run(command, timeout=60).returncode == 0

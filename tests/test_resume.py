@@ -88,10 +88,14 @@ def test_a_lost_optimizer_would_be_noticed(tmp_path, rows):
 def test_resuming_a_finished_run_changes_nothing(tmp_path, rows):
     flags = {"data_path": str(rows)}
     assert train(1, tmp_path / "run", **flags) == [0]
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+
+    def files():
+        return {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.name != ".lock"}
+
+    before = files()
     assert train(1, tmp_path / "run", from_resume="1", **flags) == [0]
     assert "nothing to do" in log_of(tmp_path / "run")
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+    assert files() == before
 
 
 def test_a_run_cut_off_before_its_export_is_finished_by_a_resume(tmp_path, rows):
@@ -137,6 +141,7 @@ def test_a_directory_that_holds_a_run_is_not_written_over(tmp_path, rows):
         ({"dtype": "bfloat16"}, "precision"),
         ({"max_seq_len": 128}, "data"),
         ({"global_batch_size": 2}, "global_batch_size"),
+        ({"num_attention_heads": 4}, "model"),
     ],
 )
 def test_what_decides_the_result_may_not_change_unsaid(tmp_path, rows, change, name):
@@ -164,6 +169,50 @@ def test_workers_do_not_change_the_result(tmp_path, rows, workers):
     resume_from(tmp_path / "plain", 4, tmp_path / "workers")
     assert train(1, tmp_path / "workers", from_resume="1", **flags, **workers) == [0], log_of(tmp_path / "workers")
     assert result_of(tmp_path / "workers") == result_of(tmp_path / "plain")
+
+
+def test_a_branch_from_an_older_checkpoint_keeps_its_own_checkpoints(tmp_path, rows):
+    flags = {"data_path": str(rows), "epochs": 2}
+    assert train(1, tmp_path / "run", **flags) == [0]
+    expected = result_of(tmp_path / "run")["final"]
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "step-00000003")
+    assert train(1, tmp_path / "run", **flags | {"from_resume": checkpoint, "keep_last": 2}) == [0]
+    assert "is set aside" in log_of(tmp_path / "run")
+    assert result_of(tmp_path / "run")["final"] == expected
+
+    # into another directory it is a new run: its own records, its own wandb id, and not over a run that is there
+    assert train(1, tmp_path / "fork", **flags | {"from_resume": checkpoint}) == [2]
+    moved = str(tmp_path / "run" / "checkpoints" / "aside-step-00000004")
+    assert train(1, tmp_path / "fork", **flags | {"from_resume": moved}) == [0], log_of(tmp_path / "fork")
+    assert result_of(tmp_path / "fork")["final"] == expected
+    assert train(1, tmp_path / "fork", **flags | {"from_resume": moved}) == [2]
+    assert "already holds a run" in log_of(tmp_path / "fork")
+
+
+def test_a_result_without_checkpoints_is_not_replaced_by_a_resume(tmp_path, rows):
+    flags = {"data_path": str(rows)}
+    assert train(1, tmp_path / "run", **flags) == [0]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert train(1, tmp_path / "run", from_resume="1", **flags) == [2]
+    assert "--from_weight" in log_of(tmp_path / "run") and (tmp_path / "run" / "final").exists()
+
+
+def test_overwriting_deletes_nothing_before_the_new_run_is_sure_to_start(tmp_path, rows):
+    flags = {"data_path": str(rows)}
+    assert train(1, tmp_path / "run", **flags) == [0]
+    for wrong, code in (({"dry_run": True}, 0), ({"data_path": "missing.jsonl"}, 65), ({"hidden_size": 17}, 2)):
+        assert train(1, tmp_path / "run", **flags | wrong | {"overwrite": True}) == [code]
+        assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_steps_counted_by_max_steps_are_all_done_after_a_change_of_their_rows(tmp_path, rows):
+    flags = {"data_path": str(rows), "max_steps": 9}
+    assert train(1, tmp_path / "run", **flags | {"global_batch_size": 4, "batch_size": 4}) == [0]
+    copy = resume_from(tmp_path / "run", 5, tmp_path / "copy")
+    change = {"global_batch_size": 1, "allow_change": "global_batch_size", "from_resume": "1"}
+    assert train(1, copy, **flags | change) == [0], log_of(copy)
+    steps = [r["step"] for r in result_of(copy)["records"] if r["kind"] == "train"]
+    assert steps == list(range(1, 10))
 
 
 def command(rows: Path, save_dir: Path, *more: str) -> list[str]:

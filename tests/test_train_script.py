@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def records_of(run, kind):
 def test_a_run_writes_exactly_these_files(finished):
     names = sorted(os.listdir(finished))
     assert names == [
-        "checkpoints", "config.yaml", "data_report.json", "environment.json", "final", "metrics.jsonl", "state.json",
+        ".lock", "checkpoints", "config.yaml", "data_report.json", "environment.json", "final", "metrics.jsonl", "state.json",
     ]  # fmt: skip
     assert len(os.listdir(finished / "checkpoints")) == 2
     assert sorted(os.listdir(finished / "final")) == [
@@ -171,6 +172,41 @@ def test_three_such_steps_in_a_row_end_the_run_with_the_last_checkpoint_kept(tmp
     assert state["status"] == "failed" and "not finite 3 times in a row" in state["exit_reason"]
     assert (tmp_path / "run" / "checkpoints" / "step-00000004").exists()
     assert train(1, tmp_path / "run", from_resume="1", data_path=str(rows)) == [0]
+
+
+def test_a_loss_that_is_not_finite_is_no_overflow_of_fp16(tmp_path, rows):
+    poison = NonFinite({3, 4, 5})
+    assert train(1, tmp_path / "run", wrap_objective=poison, data_path=str(rows), dtype="float16") == [70]
+    assert "not finite 3 times in a row" in log_of(tmp_path / "run")
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_alike_and_the_old_one_stands(tmp_path, rows):
+    flags = {"data_path": str(rows), "max_steps": 4}
+    codes = train(2, tmp_path / "run", wrap_objective=SmallFiles(call=6), **flags)
+    assert codes == [74, 74], log_of(tmp_path / "run")
+    assert "could not be saved, older ones stand" in log_of(tmp_path / "run")
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000001", "step-00000002", "step-00000003"]
+    assert train(2, tmp_path / "run", from_resume="1", **flags) == [0, 0]
+
+
+class SmallFiles:
+    """No file may grow beyond 10 kB from the n-th forward pass on, as on a full disk."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, objective, rank):
+        calls = 0
+
+        def limited(model, batch):
+            nonlocal calls
+            calls += 1
+            if calls == self.call:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+            return objective(model, batch)
+
+        return limited
 
 
 def test_sigterm_saves_and_a_resume_ends_with_the_same_bits(tmp_path, rows):

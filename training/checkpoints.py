@@ -8,15 +8,17 @@ it scans newest first and takes the first whose files all hash to what the manif
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -121,6 +123,20 @@ class CheckpointStore:
     def temporary(self, step: int) -> Path:
         return self.directory / f".tmp-step-{step:08d}"
 
+    def set_aside_newer(self, step: int, warn: Callable[[str], None]) -> None:
+        """Rename what lies beyond the step that a run goes on from: it is damaged, or of a branch that is left.
+
+        It must not count among the newest ones, or it would be kept and the new ones deleted.
+        """
+        for newer in [s for s in self.steps() if s > step]:
+            aside = self.directory / f"aside-{self.path(newer).name}"
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.rename(self.path(newer), aside)
+            warn(f"the run goes on from step {step}: {self.path(newer).name} is set aside as {aside}")
+        if self.directory.is_dir():
+            fsync_path(self.directory)
+
     def begin(self, step: int) -> Path:
         """An empty directory to write into, on the filesystem of the final one."""
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -133,8 +149,6 @@ class CheckpointStore:
         """Give the written directory its final name, then delete what is older than the last `keep_last`."""
         write_manifest(self.temporary(step), step)
         final = self.path(step)
-        if final.exists():  # left by a run whose newer checkpoints were bad; ours replaces it
-            self._retire(final)
         os.rename(self.temporary(step), final)
         fsync_path(self.directory)
         for old in self.steps()[: -self.keep_last]:
@@ -150,18 +164,13 @@ class CheckpointStore:
         fsync_path(self.directory)
         shutil.rmtree(trash)
 
-    def verified(self, path: Path) -> Path:
-        """The path itself if it is a whole checkpoint; CheckpointError if not."""
-        verify(path)
-        return path
-
-    def newest_verified(self, warn: Callable[[str], None]) -> Path | None:
-        """The newest whole checkpoint, None where there is none at all; CheckpointError where all of them are bad."""
+    def newest_verified(self, warn: Callable[[str], None]) -> int | None:
+        """Step of the newest whole checkpoint, None where there is none; CheckpointError where all of them are bad."""
         problems = []
         for step in reversed(self.steps()):
             try:
                 verify(self.path(step))
-                return self.path(step)
+                return step
             except CheckpointError as error:
                 problems.append(str(error))
                 warn(f"checkpoint of step {step} is damaged, trying an older one: {error}")
@@ -170,25 +179,54 @@ class CheckpointStore:
         return None
 
 
-def refuse_existing_run(save_dir: Path, resumes: bool, overwrite: bool) -> None:
+def check_run_directory(save_dir: Path, continues: bool, overwrite: bool) -> None:
     """A directory that holds a run is continued, or emptied when told so, but never written over in silence.
 
-    Raises ValueError naming the ways out. Only what a run writes is deleted; other files in the directory stay.
+    Raises ValueError naming the ways out. Nothing is deleted here: `clear_run` does so once the run is sure to start.
     """
-    holds_run = bool(CheckpointStore(save_dir / "checkpoints").steps()) or (save_dir / "final").exists()
-    if resumes or not holds_run:
-        return
-    if not overwrite:
+    steps, final = CheckpointStore(save_dir / "checkpoints").steps(), save_dir / "final"
+    if continues and final.exists() and not steps:
+        raise ValueError(
+            f"--from_resume: {save_dir} holds a result but no checkpoint to continue from. Start a new run on the "
+            f"result with --from_weight {final} and another --save_dir, or delete it with --overwrite 1 --from_resume 0"
+        )
+    if (steps or final.exists()) and not continues and not overwrite:
         raise ValueError(
             f"--save_dir {save_dir} already holds a run: continue it with --from_resume 1, choose another directory, "
             "or delete it with --overwrite 1"
         )
+
+
+def clear_run(save_dir: Path) -> None:
+    """Delete what a run has written; other files in the directory stay."""
     for name in RUN_FILES:
         path = save_dir / name
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def lock_run(save_dir: Path) -> IO[str]:
+    """Hold the directory for this process until it ends; ValueError naming the process that has it already.
+
+    A POSIX lock: the system gives it up when the process dies, however it dies, and forked workers do not inherit it.
+    """
+    save_dir.mkdir(parents=True, exist_ok=True)
+    file = open(save_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closing it would give the lock up
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise ValueError(
+            f"--save_dir {save_dir} is being trained by {holder}: wait for it, or choose another"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def read_trainer_state(directory: Path) -> dict[str, Any]:

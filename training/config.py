@@ -24,6 +24,7 @@ ALLOWED_CHANGES = ("data", "template", "model", "seed", "schedule", "optimizer",
 
 SHAPE_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
+DATA_FLAGS = ("prompt_field", "response_field", "system_field", "max_seq_len", "overlong", "bad_rows")
 LOADING_FLAGS = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
 
 
@@ -99,7 +100,7 @@ class Config:
     adam_eps: float = flag(1e-8, "added to the root of the squared gradient mean", group="training", above=0)
     grad_clip: float = flag(1.0, "largest gradient norm, 0 = no clipping", group="training", minimum=0)
     label_smoothing: float = flag(0.0, "share of the target probability spread over the vocabulary", group="training", minimum=0, maximum=0.5)
-    seed: int = flag(42, "seed of weights, order and dropout", group="training", minimum=0)
+    seed: int = flag(42, "seed of weights, order and dropout", group="training", minimum=0, maximum=2**63 - 1)
 
     device: str = flag("auto", "auto = CUDA where there is one", group="hardware", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "arithmetic under autocast; auto = bfloat16 on CUDA, float32 on CPU", group="hardware", choices=("auto", "float32", "bfloat16", "float16"))
@@ -155,9 +156,20 @@ class Config:
         return self.from_resume != "0" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
     @property
+    def continues(self) -> bool:
+        """Whether the run in --save_dir goes on; from a checkpoint that lies elsewhere a new run branches off."""
+        own = Path(self.save_dir).resolve() / "checkpoints"
+        return self.resumes and (self.from_resume in ("0", "1") or Path(self.from_resume).resolve().parent == own)
+
+    @property
     def shape(self) -> dict[str, int]:
         """The shape flags that were given."""
         return {name: getattr(self, name) for name in SHAPE_FLAGS if getattr(self, name) is not None}
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """How a data file is read."""
+        return {name: getattr(self, name) for name in DATA_FLAGS}
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -209,7 +221,7 @@ def _convert(name: str, value: Any, plain: type, optional: bool) -> Any:
     try:
         if plain is int and isinstance(value, str) and not re.fullmatch(r"[+-]?\d+", text):
             raise ValueError
-        if isinstance(value, bool) or (plain is int and float(value) != int(value)):
+        if isinstance(value, bool) or (isinstance(value, float) and plain is int and value != int(value)):
             raise ValueError
         return plain(value)
     except (TypeError, ValueError, OverflowError):
@@ -286,7 +298,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         values = loader.get_single_data()
     except OSError as error:
         raise ConfigError([f"--config {path}: {error.strerror}"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         raise ConfigError([f"--config {path}: not valid YAML: {error}"]) from None
     if values is None:
         return {}

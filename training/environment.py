@@ -1,4 +1,4 @@
-"""environment.json: which code, which versions and which hardware made a run, for whoever reads it a year later."""
+"""The files that describe a run for whoever reads it a year later: which flags, data, code, versions and hardware."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from training.checkpoints import replace_json
+from training.config import Config
+
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy", "wandb")
+
+
+def write_descriptions(
+    save_dir: Path, config: Config, report: dict[str, Any], device_name: str, world_size: int, threads: int
+) -> None:
+    """config.yaml, data_report.json and environment.json: the flags, the data, the code and the machine of a run."""
+    (save_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    replace_json(save_dir / "data_report.json", report)
+    replace_json(save_dir / "environment.json", describe_environment(device_name, world_size, threads))
 
 
 def describe_environment(device_name: str, world_size: int, threads: int) -> dict[str, Any]:

@@ -68,6 +68,13 @@ class Meter:
     def epoch_seconds(self) -> float:
         return time.perf_counter() - self.epoch_started
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens in this block out of the throughput."""
+        started = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - started
+
     def count(self, tokens: int, supervised: int) -> None:
         self.steps, self.tokens, self.supervised = self.steps + 1, self.tokens + tokens, self.supervised + supervised
 
@@ -119,13 +126,13 @@ class Progress:
 class RunRecords:
     """The one place that the loop reports to; every method may be called on every rank and acts on rank 0."""
 
-    def __init__(self, save_dir: Path, is_main: bool):
+    def __init__(self, save_dir: Path, is_main: bool, flops_per_token: tuple[float, float], peak_flops: float | None):
+        """`flops_per_token`: of an input token, of a supervised token; `peak_flops`: of all devices, per second."""
         self.is_main = is_main
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.metrics = MetricsLog(save_dir / "metrics.jsonl")
         self.state_file = StateFile(save_dir / "state.json")
         self.progress: Progress | None = None
-        self.flops_per_token = (0.0, 0.0)  # of an input token, of a supervised token
-        self.peak_flops: float | None = None
         self.last_eval: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -156,7 +163,7 @@ class RunRecords:
         epoch_eta = -(-(plan.num_rows - state.rows) // plan.window_rows) * rates["train/seconds_per_step"]
         epoch_eta = min(epoch_eta, eta)
         counts: dict[str, float] = {"train/tokens": state.tokens, "train/supervised_tokens": state.supervised_tokens}
-        counts |= {"train/epoch": state.step / plan.steps_per_epoch, "train/overflows": state.overflows}
+        counts |= {"train/epoch": plan.epochs_done(state), "train/overflows": state.overflows}
         times = {"eta_seconds": eta, "epoch_eta_seconds": epoch_eta}
         self.metrics.write("train", state.step, **values, **counts, **rates, **times)
         self.progress.line(
@@ -173,10 +180,13 @@ class RunRecords:
             words = [f"{name.removeprefix('eval/').replace('_', ' ')} {value:.4f}" for name, value in values.items()]
             self.progress.line(f"held-out data after step {state.step}:  {'  '.join(words)}")
 
-    def log_epoch(self, state: LoopState, values: dict[str, float], meter: Meter, memory_bytes: int) -> None:
+    def log_epoch(
+        self, state: LoopState, plan: Plan, values: dict[str, float], meter: Meter, memory_bytes: int
+    ) -> None:
         if self.is_main:
             self.metrics.write(
                 "epoch", state.step, epoch=state.epoch + 1, stage=0, mini_epoch=state.epoch + 1,
+                complete=state.rows == plan.num_rows,
                 train_loss=values.get("train/loss"), train_accuracy=values.get("train/token_accuracy"),
                 val_loss=values.get("eval/loss"), val_accuracy=values.get("eval/token_accuracy"),
                 learning_rate=values["train/learning_rate"], time_per_epoch=meter.epoch_seconds(),
