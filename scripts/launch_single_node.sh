@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # Train on N devices of this machine:   bash scripts/launch_single_node.sh N [flags of train_full_sft.py]
+# Relative paths in the flags are those of the directory that it is called from.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: bash scripts/launch_single_node.sh N [flags of train_full_sft.py], N = processes (one per GPU)" >&2
     exit 2
 fi
 processes=$1
 shift
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
 . scripts/environment.sh requirements.txt
+cd "$OLDPWD"
 cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
-exec torchrun --standalone --nproc_per_node "$processes" train_full_sft.py "$@"
+exec torchrun --standalone --nproc_per_node "$processes" "$root/train_full_sft.py" "$@"

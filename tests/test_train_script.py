@@ -40,7 +40,8 @@ def records_of(run, kind):
 def test_a_run_writes_exactly_these_files(finished):
     names = sorted(os.listdir(finished))
     assert names == [
-        ".lock", "checkpoints", "config.yaml", "data_report.json", "environment.json", "final", "metrics.jsonl", "state.json",
+        ".lock", "checkpoints", "config.yaml", "data_report.json", "environment.json", "final", "metrics.jsonl",
+        "state.json",
     ]  # fmt: skip
     assert len(os.listdir(finished / "checkpoints")) == 2
     assert sorted(os.listdir(finished / "final")) == [
