@@ -144,8 +144,8 @@ class Decoder(nn.Module):
         """Fill all weights from a CPU generator in parameter order, so that no device and no global seed plays a part.
 
         Embedding: normal(0, initializer_range). Projections: normal(0, 1 / sqrt(inputs)), which keeps the variance of
-        what passes through whatever the width (LeCun et al. 1998); those that write into the residual stream are divided
-        by sqrt(2 x layers), which keeps its variance whatever the depth (Radford et al. 2019).
+        what passes through at any width (LeCun et al. 1998); those that write into the residual stream are divided by
+        sqrt(2 x layers), which keeps its variance at any depth (Radford et al. 2019).
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
