@@ -34,12 +34,23 @@ def load_model(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalL
     `dropout` is the decoder's; other models keep what their own config.json says. Raises ValueError for weights that do
     not fit their config.json and for families whose packed documents would influence each other.
     """
-    config_file = Path(source) / "config.json"
-    if config_file.is_file() and is_builtin(json.loads(config_file.read_text(encoding="utf-8"))):
+    if (Path(source) / "config.json").is_file() and is_builtin(read_config(source)):
         return load_pretrained(source, dropout)
     if not Path(source).is_dir() and (str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))):
         raise ValueError(f"no model in {source}: there is no such directory")
     return HFCausalLM.from_pretrained(source)
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The config.json of a directory; ValueError where it is no JSON object."""
+    file = Path(directory) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: no JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: a JSON object is needed, not a {type(config).__name__}")
+    return config
 
 
 def is_builtin(config: dict[str, Any]) -> bool:
@@ -56,7 +67,13 @@ def is_builtin(config: dict[str, Any]) -> bool:
 
 
 def decoder_config(config: dict[str, Any], dropout: float = 0.0) -> DecoderConfig:
-    """The shape in a config.json that `is_builtin` accepts, with LlamaConfig's defaults for what it leaves out."""
+    """The shape in a config.json that `is_builtin` accepts, with LlamaConfig's defaults for what it leaves out.
+
+    Raises ValueError for a shape that is incomplete or impossible.
+    """
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if missing := [name for name in needed if not isinstance(config.get(name), int)]:
+        raise ValueError(f"config.json has no whole number for {', '.join(missing)}")
     values: dict[str, Any] = {
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
@@ -72,7 +89,10 @@ def decoder_config(config: dict[str, Any], dropout: float = 0.0) -> DecoderConfi
 def load_pretrained(directory: str | Path, dropout: float = 0.0) -> Decoder:
     """An exported directory (config.json and model*.safetensors) in the built-in decoder, in float32."""
     directory = Path(directory)
-    config = decoder_config(json.loads((directory / "config.json").read_text(encoding="utf-8")), dropout)
+    try:
+        config = decoder_config(read_config(directory), dropout)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"{directory} has a config.json and no model.safetensors")

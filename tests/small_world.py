@@ -59,12 +59,17 @@ def train(
     When a rank dies the others are ended, as torchrun would.
     """
     values = {**TINY, "save_dir": str(save_dir), "cache_dir": str(save_dir.parent / "cache"), **flags}
-    port = free_port()
     save_dir.parent.mkdir(parents=True, exist_ok=True)
-    workers = [
-        FORKS.Process(target=_work, args=(rank, world_size, port, values, f"{save_dir}.rank{rank}.log", wrap_objective))
-        for rank in range(world_size)
-    ]
+    return run_ranks(_train_rank, world_size, (values, str(save_dir), wrap_objective), timeout_seconds)
+
+
+def run_ranks(target: Callable[..., None], world_size: int, args: tuple, timeout_seconds: float = 120) -> list[int]:
+    """Exit codes of `target(rank, *args)` in one process per rank, each with the environment that torchrun sets.
+
+    When a rank dies the others are ended, as torchrun would; so are all at the time limit, their stacks to stderr.
+    """
+    port = free_port()
+    workers = [FORKS.Process(target=_be_rank, args=(rank, world_size, port, target, args)) for rank in range(world_size)]
     for worker in workers:
         worker.start()
     deadline = time.monotonic() + timeout_seconds
@@ -73,7 +78,7 @@ def train(
         if late or any(worker.exitcode not in (None, 0) for worker in workers):
             for worker in workers:
                 if late and worker.is_alive():
-                    os.kill(worker.pid, signal.SIGABRT)  # its stacks go to its log
+                    os.kill(worker.pid, signal.SIGABRT)
                 worker.join(timeout=3)
                 worker.kill()
         workers[0].join(timeout=0.02)
@@ -82,21 +87,35 @@ def train(
     return [worker.exitcode for worker in workers]
 
 
-def _work(rank: int, world_size: int, port: int, values: dict, log: str, wrap_objective: Callable | None) -> None:
-    """One rank: what torchrun's environment and the command line would do."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def answers_of(target: Callable[..., None], world_size: int, *args: Any) -> list[Any]:
+    """What `target(rank, answer, *args)` gave to `answer` in any rank; every rank must end well."""
+    queue = FORKS.SimpleQueue()  # small answers: a pipe holds 64 KiB before a writer has to wait for the reader
+    assert run_ranks(target, world_size, (queue.put, *args)) == [0] * world_size
+    answers = []
+    while not queue.empty():
+        answers.append(queue.get())
+    return answers
+
+
+def _be_rank(rank: int, world_size: int, port: int, target: Callable[..., None], args: tuple) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TOKENIZERS_PARALLELISM="false")
     faulthandler.enable()
     import torch
 
+    torch.set_num_threads(1)
+    target(rank, *args)
+
+
+def _train_rank(rank: int, values: dict, save_dir: str, wrap_objective: Callable | None) -> None:
+    """What the command line would do, with all that is printed in a file."""
+    descriptor = os.open(f"{save_dir}.rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
     import train_full_sft
     from model.losses import make_sft_objective
     from training.config import make_config
 
-    torch.set_num_threads(1)
     if wrap_objective:
         objective = wrap_objective(make_sft_objective(), rank)
         original = train_full_sft.run

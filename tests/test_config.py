@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -103,7 +102,6 @@ def test_every_flag_has_help_with_a_group():
 
 @pytest.mark.parametrize("words", [["--help"], ["--batch_size", "x"], ["--print_config", "--batch_size", "3"]])
 def test_help_and_wrong_flags_are_answered_before_torch_is_imported(words):
-    started = time.perf_counter()
     code = (
         "import sys, runpy\n"
         "sys.argv = ['train_full_sft.py', *sys.argv[1:]]\n"
@@ -113,4 +111,3 @@ def test_help_and_wrong_flags_are_answered_before_torch_is_imported(words):
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
     assert done.returncode == (2 if words[0] == "--batch_size" else 0)
-    assert time.perf_counter() - started < 30  # the figure is under 1 s; a loaded machine must not fail the suite

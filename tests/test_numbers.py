@@ -1,11 +1,9 @@
 """Whoever computes it: any split of the same rows over ranks and micro-batches gives the same update."""
 
-import os
-
 import pytest
 import torch
 
-from tests.small_world import FORKS, free_port
+from tests.small_world import answers_of
 
 # Supervised tokens per row: uneven, and row 1 has none, so that with two ranks one of them has nothing to train.
 COUNTS = [7, 0, 1, 3, 12, 2]
@@ -36,10 +34,8 @@ def mean_of_means(model, batch):
     return {"ce": terms["ce"] / max(len(batch["targets"]), 1) * sum(COUNTS) / len(COUNTS)}
 
 
-def weights_after(rank, world_size, port, split, wrong, queue):
+def weights_after(rank, answer, split, wrong):
     """Five float64 AdamW steps over the rows of COUNTS; `split` = (rows of each rank, rows per micro-batch)."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     from model.decoder import DecoderConfig
     from model.loading import build_model
     from model.losses import sft_objective
@@ -49,7 +45,6 @@ def weights_after(rank, world_size, port, split, wrong, queue):
     from training.optimizers import make_optimizer
     from training.state import LoopState
 
-    torch.set_num_threads(1)
     objective = mean_of_means if wrong else sft_objective
     config = DecoderConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
@@ -60,29 +55,19 @@ def weights_after(rank, world_size, port, split, wrong, queue):
     parallel = parallelize(model, processes, lambda m: sft_objective(m, filler)["ce"])
     optimizer = make_optimizer(model, Config(learning_rate=0.01, weight_decay=0.1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    learner = Learner(parallel, optimizer, scaler, objective, processes, torch.float32, 1.0, 0)
+    learner = Learner(parallel, optimizer, scaler, objective, processes, torch.float32, 1.0, 0, objective)
     rows, batch_size = split
     norms = [
         train_step(learner, batches_of(rows[rank], batch_size), step, 0.01, sum(COUNTS), LoopState())
         for step in range(1, 6)
     ]
     if rank == 0:
-        queue.put((norms, {name: p.detach().numpy() for name, p in model.named_parameters()}))
+        answer((norms, {name: p.detach().numpy() for name, p in model.named_parameters()}))
     close_processes(processes)
 
 
 def outcome(rows: list[list[int]], batch_size: int, wrong: bool = False):
-    queue, port = FORKS.SimpleQueue(), free_port()
-    workers = [
-        FORKS.Process(target=weights_after, args=(rank, len(rows), port, (rows, batch_size), wrong, queue))
-        for rank in range(len(rows))
-    ]
-    for worker in workers:
-        worker.start()
-    norms, weights = queue.get()
-    for worker in workers:
-        worker.join(30)
-        assert worker.exitcode == 0
+    ((norms, weights),) = answers_of(weights_after, len(rows), (rows, batch_size), wrong)
     return norms, {name: torch.from_numpy(array) for name, array in weights.items()}
 
 
@@ -117,11 +102,8 @@ def test_the_mean_of_means_would_be_seen(reference):
     assert largest_difference(outcome([[0, 2, 4], [1, 3, 5]], 1, wrong=True), reference) > 1e-4
 
 
-def count_exchanges(rank, port, queue):
+def count_exchanges(rank, answer):
     """How often DDP reduces gradients in one step of three micro-batches."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     from trainer_utils import close_processes, gradient_sync, parallelize, start_processes
@@ -137,15 +119,11 @@ def count_exchanges(rank, port, queue):
     for micro in range(3):
         with gradient_sync(model, enabled=micro == 2):
             model(torch.ones(1, 2) * (rank + 1)).sum().backward()
-    queue.put((rank, calls, model.module.weight.grad.tolist()))
+    answer((rank, calls, model.module.weight.grad.tolist()))
     close_processes(processes)
 
 
 def test_gradients_are_exchanged_once_per_step():
-    queue, port = FORKS.SimpleQueue(), free_port()
-    workers = [FORKS.Process(target=count_exchanges, args=(rank, port, queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    results = sorted(queue.get() for _ in workers)
+    results = sorted(answers_of(count_exchanges, 2))
     # three micro-batches of ones on rank 0 and of twos on rank 1, averaged
     assert results == [(0, [0], [[4.5, 4.5]]), (1, [0], [[4.5, 4.5]])]
