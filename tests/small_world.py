@@ -69,7 +69,9 @@ def run_ranks(target: Callable[..., None], world_size: int, args: tuple, timeout
     When a rank dies the others are ended, as torchrun would; so are all at the time limit, their stacks to stderr.
     """
     port = free_port()
-    workers = [FORKS.Process(target=_be_rank, args=(rank, world_size, port, target, args)) for rank in range(world_size)]
+    workers = [
+        FORKS.Process(target=_be_rank, args=(rank, world_size, port, target, args)) for rank in range(world_size)
+    ]
     for worker in workers:
         worker.start()
     deadline = time.monotonic() + timeout_seconds

@@ -1,6 +1,5 @@
 """A plan holds every sample exactly once, no row overflows, and the rows are nearly full."""
 
-
 import numpy as np
 import pytest
 
