@@ -4,7 +4,7 @@ The merges are learnt with every digit a word of its own, so that arithmetic alw
 names the plain byte-level split instead. Both cut a text into the same tokens, because no merge holds a digit, and the
 plain one is what other runtimes know as the "gpt-2" pre-tokenizer.
 
-The shipped files come from 13,838 paragraphs of Python's documentation in English and Chinese, GSM8K and tool dialogues:
+The shipped files come from 13,838 paragraphs of Python's documentation (English, Chinese), GSM8K and tool dialogues:
 
     python -m scripts.train_tokenizer --out model/tokenizer --text en.txt zh.txt gsm8k/train.jsonl sgd/train.jsonl
 """
