@@ -126,7 +126,7 @@ def _train_rank(rank: int, values: dict, save_dir: str, wrap_objective: Callable
 
 
 class KillAtCall:
-    """kill -9 of one rank in the middle of its n-th forward pass."""
+    """kill -9 of one rank in its n-th training pass (validation is not counted, DDP's first empty pass is)."""
 
     def __init__(self, call: int, victim: int = 0):
         self.call, self.victim = call, victim
@@ -136,7 +136,7 @@ class KillAtCall:
 
         def deadly(model: Any, batch: Any) -> Any:
             nonlocal calls
-            calls += 1
+            calls += model.training
             if rank == self.victim and calls == self.call:
                 os.kill(os.getpid(), signal.SIGKILL)
             return objective(model, batch)

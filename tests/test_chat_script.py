@@ -38,7 +38,7 @@ def run(tmp_path_factory) -> Path:
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, initializer_range=0.5,
         max_position_embeddings=CONTEXT, tie_word_embeddings=False,
     )  # fmt: skip
-    export_model(run / "final", build_model(config, seed=8), OWN_TOKENIZER)
+    export_model(run / "final", build_model(config, seed=10), OWN_TOKENIZER)
     return run
 
 
