@@ -29,19 +29,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from dataset.chat import show
-from dataset.load import load_rows, make_loader
+from dataset.load import load_rows, make_loader, write_rejects
 from dataset.prepare import DataOptions
 from dataset.reader import DataError
 from dataset.rows import FILLER, PackedRows, collate
 from model.card import model_card
-from model.choose import (
-    choose_model,
-    choose_tokenizer,
-    describe_model,
-    load_tokenizer,
-    shape_of,
-    weights_source,
-)
+from model.choose import choose_model, choose_tokenizer, describe_model, load_tokenizer, shape_of, weights_source
 from model.export import export_model
 from model.losses import make_sft_objective
 from trainer_utils import (
@@ -277,7 +270,8 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     tokenizer = load_tokenizer(tokenizer_source)
     data = load_rows(
         config.data_path, config.val_data_path, config.val_fraction, config.seed, tokenizer,
-        DataOptions(**config.data_options), Path(config.cache_dir), owner=local_rank == 0, echo=logger.info,
+        DataOptions(**config.data_options), config.packing, Path(config.cache_dir), owner=local_rank == 0,
+        echo=logger.info, rejects_file=save_dir / "rejects.jsonl" if rank == 0 else None,
     )  # fmt: skip
 
     # 2. Processes
@@ -361,6 +355,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         if config.overwrite:
             clear_run(save_dir)
         store.set_aside_newer(state.step, warn=logger.warning)
+        write_rejects(save_dir / "rejects.jsonl", data.rejects)
         write_descriptions(save_dir, resolved, data.report, device_name, processes.world_size, torch.get_num_threads())
     body, head = model.parameter_counts()
     peak = peak_flops(device_name, processes.world_size)

@@ -6,19 +6,25 @@ marker is searched for in the user's text: what spells a control token there is 
 characters and encoded as plain text afterwards. Prompt and answer are encoded apart, as generation would meet them.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from dataset.reader import Conversation, Message, RowError
+from dataset.files import RowError
+from dataset.reader import Conversation, Message
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
+TRAIN_ON = ("assistant", "last", "marked", "all")
+TEMPLATE_SECONDS = 5.0  # that a template may take for one conversation
 PRIVATE_USE = range(0xF0000, 0x10FFFE)  # planes 15 and 16: they mean nothing, so a template has no opinion on them
 
 Tools = list[dict[str, Any]] | None
@@ -44,40 +50,78 @@ class Sample:
 class ChatRenderer:
     """Renders and encodes conversations for one tokenizer; raises ValueError for a tokenizer that cannot serve."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, train_on: str = "assistant"):
+        """`train_on`: assistant turns, the last of them, those marked by `train` or `weight`, or all tokens."""
         for needed in ("chat_template", "eos_token"):
             if getattr(tokenizer, needed) is None:
                 raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no {needed}")
-        self._tokenizer = tokenizer
+        self._tokenizer, self._train_on = tokenizer, train_on
         self._learn_control_tokens()
         self._check_pieces()
         self.end_of_turn = self._find_end_of_turn()
 
     def render(self, messages: list[Message], tools: Tools = None) -> Sample:
-        """Renders one conversation; raises RowError when there is no right mask for it."""
-        (sample,) = self.render_batch([Conversation(0, messages, tools)])
+        """Renders one conversation as one sample; raises RowError when there is no right mask for it."""
+        conversation = Conversation(0, messages, tools)
+        (sample,) = self._encode([self._render_turns(conversation, self._trained_turns(conversation))])
         if isinstance(sample, RowError):
             raise sample
         return sample
 
-    def render_batch(self, conversations: Sequence[Conversation]) -> list[Sample | RowError]:
-        """Renders many conversations, each to its sample or to the reason why there is none."""
-        chats: list[RenderedChat | RowError] = []
+    def render_batch(self, conversations: Sequence[Conversation]) -> list[list[Sample] | RowError]:
+        """Renders many conversations, each to its samples or to the reason why there is none."""
+        chats: list[list[RenderedChat] | RowError] = []
         for conversation in conversations:
             try:
-                chats.append(self.render_text(conversation.messages, conversation.tools))
+                chats.append(self._render_text(conversation))
             except RowError as error:
                 chats.append(error)
-        samples = self._encode([chat for chat in chats if isinstance(chat, RenderedChat)])
-        return [next(samples) if isinstance(chat, RenderedChat) else chat for chat in chats]
+        encoded = self._encode([chat for rendered in chats if isinstance(rendered, list) for chat in rendered])
+        results: list[list[Sample] | RowError] = []
+        for rendered in chats:
+            if isinstance(rendered, list):
+                samples = [next(encoded) for _ in rendered]
+                errors = [sample for sample in samples if isinstance(sample, RowError)]
+                results.append(errors[0] if errors else [sample for sample in samples if isinstance(sample, Sample)])
+            else:
+                results.append(rendered)
+        return results
 
-    def render_text(self, messages: list[Message], tools: Tools = None) -> RenderedChat:
-        """Renders a conversation up to its last assistant turn and cuts it where supervision begins and ends."""
-        messages, tools, spelled = self._hide_spelled(messages, tools)
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        messages = messages[: turns[-1] + 1]
+    def _render_text(self, conversation: Conversation) -> list[RenderedChat]:
+        """One sample; or one for each turn to train, where the template rewrites what it has rendered before."""
+        if conversation.text is not None:
+            hidden, _, spelled = self._hide_spelled([conversation.text], None)
+            return [RenderedChat([(hidden[0], True), (str(self._tokenizer.eos_token), True)], spelled)]
+        trained = self._trained_turns(conversation)
+        try:
+            return [self._render_turns(conversation, trained)]
+        except RowError as error:
+            if error.code != "UNSTABLE_TEMPLATE" or self._train_on == "all":
+                raise
+            return [self._render_turns(conversation, [turn], alone=True) for turn in trained]
+
+    def _trained_turns(self, conversation: Conversation) -> list[int]:
+        """Numbers of the assistant messages to train; a message's own wish outranks the option."""
+        turns = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        wanted = {"last": turns[-1:], "marked": []}.get(self._train_on, turns)
+        trained = [turn for turn in turns if conversation.wishes.get(turn, turn in wanted)]
+        if not trained:
+            raise RowError("NO_SUPERVISED", f"no turn is to be trained (train_on={self._train_on})")
+        return trained
+
+    def _render_turns(self, conversation: Conversation, trained: list[int], alone: bool = False) -> RenderedChat:
+        """Renders up to the last turn to train and cuts where supervision begins and ends.
+
+        `alone` cuts nowhere but at that one turn, so that a template may render earlier turns as it likes.
+        """
+        messages, tools, spelled = self._hide_spelled(conversation.messages, conversation.tools)
+        everything = self._train_on == "all"
+        messages = messages if everything else messages[: trained[-1] + 1]
         whole = self._apply(messages, tools)
-        stretches = self._cut(messages, tools, whole)
+        stretches = self._cut(messages, tools, whole, trained, cuts=trained if alone else None)
+        if everything:
+            rest = whole[sum(len(text) for text, _ in stretches) :]
+            stretches = [(text, True) for text, _ in [*stretches, (rest, True)] if text]
         self._refuse_escaped(whole, spelled)
         return RenderedChat(stretches, spelled)
 
@@ -89,7 +133,7 @@ class ChatRenderer:
         messages, tools, spelled = self._hide_spelled(messages, tools)
         whole = self._apply(messages, tools, generation_prompt=True)
         try:
-            stretches = self._cut(messages, tools, whole)
+            stretches = self._cut(messages, tools, whole, ())
         except RowError:
             stretches = []
         self._refuse_escaped(whole, spelled)
@@ -99,10 +143,19 @@ class ChatRenderer:
             raise sample
         return sample.ids.tolist()
 
-    def _cut(self, messages: list[Message], tools: Tools, whole: str) -> list[tuple[str, bool]]:
-        """Cuts the rendered messages into stretches, of which the last one ends with the last assistant turn."""
+    def _cut(
+        self,
+        messages: list[Message],
+        tools: Tools,
+        whole: str,
+        trained: Collection[int],
+        cuts: Sequence[int] | None = None,
+    ) -> list[tuple[str, bool]]:
+        """Cuts the rendered messages at their assistant turns, or at `cuts`, and ends with the last cut."""
         stretches, done = [], 0
-        for turn in (index for index, message in enumerate(messages) if message["role"] == "assistant"):
+        if cuts is None:
+            cuts = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        for turn in cuts:
             start = self._prefix_length(messages[:turn], tools, whole, generation_prompt=True)
             # Without this bound, a turn that the template leaves open would reach into the next message.
             last = turn == len(messages) - 1
@@ -111,7 +164,7 @@ class ChatRenderer:
             if end < 0:
                 raise RowError("NO_END_OF_TURN", f"the template does not end message {turn} with {self.end_of_turn!r}")
             end += len(self.end_of_turn)
-            stretches += [(whole[done:start], False), (whole[start:end], True)]
+            stretches += [(whole[done:start], False), (whole[start:end], turn in trained)]
             done = end
         return stretches
 
@@ -172,7 +225,8 @@ class ChatRenderer:
     def _apply(self, messages: list[Message], tools: Tools, generation_prompt: bool = False) -> str:
         options: dict[str, Any] = {"tools": tools, "add_generation_prompt": generation_prompt, "tokenize": False}
         try:
-            return str(self._tokenizer.apply_chat_template(messages, **options))
+            with _time_limit(TEMPLATE_SECONDS):
+                return str(self._tokenizer.apply_chat_template(messages, **options))
         except Exception as error:  # a template is a program of its own and may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise RowError("TEMPLATE", f"the chat template failed: {reason}") from error
@@ -259,6 +313,25 @@ def show(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizer
         text: Any = tokenizer.decode(run.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         parts.append(f"{GREEN}{text}{RESET}" if mask[0] else text)
     return "".join(parts)
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the block when it takes too long; only the main thread of a process can be told."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError(f"it took more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _strings(value: Any) -> Iterator[str]:

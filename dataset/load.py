@@ -1,7 +1,10 @@
 """From the data flags of a run to its packed rows: the one call that the trainer makes."""
 
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.demo import write_demo
 from dataset.packing import plan_rows
-from dataset.prepare import DataOptions, prepare, split
+from dataset.prepare import DataOptions, prepare, shuffled, split
+from dataset.reader import DataError
 from dataset.rows import PackedRows, collate
-from dataset.store import TokenStore
+from dataset.sources import find_sources
+from dataset.store import JoinedStore
 
 DEMO = "demo"
 
@@ -27,6 +32,7 @@ class RunData:
     held_out: PackedRows | None
     report: dict[str, Any]
     identity: dict[str, Any]
+    rejects: list[dict[str, Any]]
 
 
 def load_rows(
@@ -36,28 +42,66 @@ def load_rows(
     seed: int,
     tokenizer: PreTrainedTokenizerFast,
     options: DataOptions,
+    packing: bool,
     cache_dir: Path,
     owner: bool,
     echo: Callable[[str], None],
+    rejects_file: Path | None = None,
 ) -> RunData:
-    """Tokenise once (the owner; other processes wait for its files), hold out, and pack. Raises DataError."""
+    """Tokenise once (the owner; other processes wait for its files), hold out, and pack.
+
+    Raises DataError with the defects of all files, after they are written to `rejects_file`, one JSON object per line.
+    """
     if data_path == DEMO:
         train_path, held_out_path = write_demo(cache_dir / DEMO)
         data_path, val_data_path = str(train_path), val_data_path or (None if val_fraction else str(held_out_path))
-    store = prepare(data_path, tokenizer, options, cache_dir, owner, echo)
+    sources, val_sources = find_sources(data_path), find_sources(val_data_path) if val_data_path else []
+    if any(source.weight != 1 for source in val_sources):
+        raise ValueError(f"--val_data_path {val_data_path}: every held-out sample counts once, so it takes no weights")
+    stores, defects = [], []
+    for source in [*sources, *val_sources]:
+        try:
+            stores.append(prepare(source.path, tokenizer, options, cache_dir, owner, echo))
+        except DataError as error:
+            defects += error.defects
+    if defects:
+        raise DataError(
+            defects, write_rejects(rejects_file, [asdict(each) for each in defects]) if rejects_file else None
+        )
+
+    def pack(store: JoinedStore, samples: np.ndarray) -> PackedRows:
+        return PackedRows(store, plan_rows(store.lengths[samples], options.max_seq_len, packing), samples)
+
+    store, weights = JoinedStore(stores[: len(sources)]), [source.weight for source in sources]
     if val_fraction:
         kept, held_out = split(store.num_samples, val_fraction, seed)
-        train, val = _pack(store, kept, options, echo), _pack(store, held_out, options, echo)
+        train, val = pack(store, _weigh(store, kept, weights, seed)), pack(store, held_out)
     else:
-        val_store = prepare(val_data_path, tokenizer, options, cache_dir, owner, echo) if val_data_path else None
-        train = _pack(store, None, options, echo)
-        val = _pack(val_store, None, options, echo) if val_store else None
+        train = pack(store, _weigh(store, np.arange(store.num_samples), weights, seed))
+        val_store = JoinedStore(stores[len(sources) :])
+        val = pack(val_store, np.arange(val_store.num_samples)) if val_sources else None
+    for role, rows in (("train", train), ("held out", val)):
+        if rows:
+            full = f"{rows.plan.efficiency:.1%} full"
+            echo(f"{role}: {len(rows.samples)} samples in {len(rows)} rows of {options.max_seq_len} tokens, {full}")
     report = {"train": _ledger(train), "held_out": _ledger(val) if val else None}
+    selection = hashlib.sha256(train.samples.astype("<i8").tobytes()).hexdigest()
     identity = {
-        "data": f"{store.fingerprint[:16]}/{train.plan.fingerprint[:16]}",
-        "template": f"{store.tokenizer_fingerprint[:16]}/{store.template_fingerprint[:16]}",
+        "data": f"{store.fingerprint[:16]}/{train.plan.fingerprint[:16]}/{selection[:16]}",
+        "template": f"{stores[0].tokenizer_fingerprint[:16]}/{stores[0].template_fingerprint[:16]}",
     }
-    return RunData(train, val, report, identity)
+    rejects = [{"path": each.source, **reject} for each in stores for reject in each.report["rejects"]]
+    return RunData(train, val, report, identity, rejects)
+
+
+def write_rejects(path: Path, rejects: list[dict[str, Any]]) -> Path:
+    """rejects.jsonl: one object {path, line, code, message} for each row that was left out; no file where none was."""
+    if not rejects:
+        path.unlink(missing_ok=True)
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects), encoding="utf-8")
+    return path
 
 
 def make_loader(
@@ -81,18 +125,37 @@ def make_loader(
     )
 
 
-def _pack(
-    store: TokenStore, samples: np.ndarray | None, options: DataOptions, echo: Callable[[str], None]
-) -> PackedRows:
-    plan = plan_rows(store.lengths if samples is None else store.lengths[samples], options.max_seq_len)
-    echo(
-        f"data: {store.source}: {len(plan.samples)} samples in {plan.num_rows} rows of {options.max_seq_len} tokens, "
-        f"{plan.efficiency:.1%} full"
-    )
-    return PackedRows(store, plan, samples)
+def _weigh(store: JoinedStore, samples: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
+    """Sample numbers with each source's share: weight 2.5 is every sample twice and half of them once more."""
+    chosen = []
+    for start, end, weight in zip(store.starts, store.starts[1:], weights, strict=False):
+        part = samples[(start <= samples) & (samples < end)]
+        more = round((weight % 1) * len(part))
+        extra = part[shuffled(len(part), f"weights {seed}")[:more]]
+        chosen.append(np.sort(np.concatenate([np.repeat(part, int(weight)), extra])))
+    numbers = np.concatenate(chosen)
+    if not len(numbers):
+        raise ValueError(f"--data_path: with the weights {weights} no sample is left to train")
+    return numbers
 
 
 def _ledger(rows: PackedRows) -> dict[str, Any]:
+    """The reports of the sources, the sums of their counts, and what became of the samples."""
+    assert isinstance(rows.store, JoinedStore)
+    reports = [{k: v for k, v in store.report.items() if k != "rejects"} for store in rows.store.stores]
+    totals: Counter[str] = Counter()
+    for report in reports:
+        totals.update({key: value for key, value in report.items() if isinstance(value, int)})
     tokens = int(rows.store.lengths[rows.samples].sum())
-    packing = {"samples": len(rows.samples), "tokens": tokens, "rows": len(rows), "efficiency": rows.plan.efficiency}
-    return {**rows.store.report, "packing": packing}
+    return {
+        **totals,
+        "supervised_share": totals["supervised_tokens"] / totals["tokens"],
+        "sources": reports,
+        "packing": {
+            "samples": len(rows.samples),
+            "tokens": tokens,
+            "rows": len(rows),
+            "samples_per_row": len(rows.samples) / len(rows),
+            "efficiency": rows.plan.efficiency,
+        },
+    }

@@ -38,8 +38,8 @@ class RowPlan:
         return int(self.row_lengths.sum()) / (self.num_rows * self.max_seq_len)
 
 
-def plan_rows(lengths: np.ndarray, max_seq_len: int) -> RowPlan:
-    """Packs samples of `lengths` stored tokens into rows of at most max_seq_len input positions.
+def plan_rows(lengths: np.ndarray, max_seq_len: int, packing: bool = True) -> RowPlan:
+    """Packs samples of `lengths` stored tokens into rows of at most max_seq_len input positions, or each into its own.
 
     A sample of L tokens takes L - 1 positions, because its last token is only a target. Rows are ordered by their first
     sample and samples ascend inside a row, so an unshuffled pass stays close to the order of the file.
@@ -56,9 +56,12 @@ def plan_rows(lengths: np.ndarray, max_seq_len: int) -> RowPlan:
             first = int(np.flatnonzero(wrong)[0])
             raise ValueError(f"sample {first} has {lengths[first]} tokens, {reason} ({int(wrong.sum())} such samples)")
 
-    picked, rows = _fill_rows(sizes, max_seq_len)
-    row_of = np.empty(len(sizes), dtype=np.int64)
-    row_of[np.argsort(-sizes, kind="stable")] = rows[np.argsort(-picked, kind="stable")]  # equal sizes in sample order
+    row_of = np.arange(len(sizes))
+    if packing:
+        picked, rows = _fill_rows(sizes, max_seq_len)
+        row_of[np.argsort(-sizes, kind="stable")] = rows[
+            np.argsort(-picked, kind="stable")
+        ]  # equal sizes: sample order
 
     _, first_samples = np.unique(row_of, return_index=True)
     row_of = np.argsort(np.argsort(first_samples))[row_of]

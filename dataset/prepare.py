@@ -21,10 +21,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dataset import store
-from dataset.chat import ChatRenderer, Sample
-from dataset.reader import LAYOUTS, Conversation, DataError, Defect, Fields, RowError, detect_layout, read_conversations
+from dataset.chat import TRAIN_ON, ChatRenderer, Sample
+from dataset.files import OF_THE_FILE, RowError
+from dataset.layouts import LAYOUTS, Fields
+from dataset.reader import Conversation, DataError, Defect, detect_layout, read_conversations
 
-VERSION = 1  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
+VERSION = 2  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
 BLOCK_ROWS = 512
 POLL_SECONDS = 0.2
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -42,11 +44,17 @@ class DataOptions:
     max_seq_len: int = 1024
     overlong: str = "error"
     bad_rows: str = "error"
+    data_format: str = "auto"
+    train_on: str = "assistant"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("overlong", self.overlong, OVERLONG), ("bad_rows", self.bad_rows, BAD_ROWS)):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+        for name, known in (
+            ("overlong", OVERLONG), ("bad_rows", BAD_ROWS), ("data_format", ("auto", *LAYOUTS)), ("train_on", TRAIN_ON)
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
+        if self.data_format == "fields" and self.prompt_field is None:
+            raise ValueError("data_format='fields' needs prompt_field and response_field")
         if self.max_seq_len < 1:
             raise ValueError(f"max_seq_len={self.max_seq_len} must be at least 1")
         self.fields()
@@ -64,23 +72,40 @@ class Ledger:
     lengths: list[int] = field(default_factory=list)
     spelled: Counter[str] = field(default_factory=Counter)
     read: int = 0
+    kept: int = 0
+    duplicates: int = 0
+    seen: set[int] = field(default_factory=set)  # hashes of the samples so far
     supervised_tokens: int = 0
     truncated: int = 0
     cut_tokens: int = 0
 
+    def count(self, sample: Sample, length: int) -> None:
+        """Take in a sample that is kept, which had `length` tokens before it was cut."""
+        self.truncated += len(sample.ids) < length
+        self.cut_tokens += length - len(sample.ids)
+        digest = hashlib.blake2b(sample.ids.tobytes(), digest_size=8).digest()
+        number = int.from_bytes(digest, "little")
+        self.duplicates += number in self.seen
+        self.seen.add(number)
+        self.spelled.update(sample.spelled)
+        self.lengths.append(len(sample.ids))
+        self.supervised_tokens += int(sample.supervised[1:].sum())
+
     def report(self, layout: str) -> dict[str, Any]:
-        kept, rejected, tokens = len(self.lengths), len(self.rejected), sum(self.lengths)
-        assert self.read == kept + rejected, (self.read, kept, rejected)
+        rejected, tokens = len(self.rejected), sum(self.lengths)
+        assert self.read == self.kept + rejected, (self.read, self.kept, rejected)
         return {
             "layout": layout,
             "rows_read": self.read,
-            "rows_kept": kept,
+            "rows_kept": self.kept,
             "rows_rejected": rejected,
             "rejected_by_code": dict(sorted(Counter(defect.code for defect in self.rejected).items())),
             "rejects": [
                 {"line": defect.line, "code": defect.code, "message": defect.message} for defect in self.rejected
             ],
-            "rows_truncated": self.truncated,
+            "samples": len(self.lengths),
+            "duplicates": self.duplicates,
+            "samples_truncated": self.truncated,
             "cut_tokens": self.cut_tokens,
             "tokens": tokens,
             "supervised_tokens": self.supervised_tokens,
@@ -132,9 +157,14 @@ def split(num_samples: int, fraction: float, seed: int) -> tuple[np.ndarray, np.
     if num_samples < 2:
         raise ValueError(f"val_fraction={fraction} cannot split {num_samples} sample")
     held_out = min(max(round(num_samples * fraction), 1), num_samples - 1)
-    start = int.from_bytes(hashlib.sha256(f"split {seed}".encode()).digest()[:8], "little")
-    order = np.argsort(_mix(np.arange(num_samples, dtype=np.uint64) + np.uint64(start)), kind="stable")
+    order = shuffled(num_samples, f"split {seed}")
     return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def shuffled(count: int, key: str) -> np.ndarray:
+    """The numbers below `count` in an order that the key alone decides."""
+    start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    return np.argsort(_mix(np.arange(count, dtype=np.uint64) + np.uint64(start)), kind="stable")
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:
@@ -183,10 +213,11 @@ def _build(
     fingerprints: dict[str, str],
     echo: Callable[[str], None],
 ) -> None:
-    layout, started, ledger = detect_layout(path, options.fields()), time.monotonic(), Ledger()
-    echo(f"{path}: read as {LAYOUTS[layout]}")
+    layout = detect_layout(path, options.fields(), options.data_format)
+    started, ledger = time.monotonic(), Ledger()
+    echo(f"{path}: read as {LAYOUTS[layout].spoken}")
     with store.StoreWriter(directory, len(tokenizer)) as writer:
-        for line, sample in _samples(path, ChatRenderer(tokenizer), options, ledger):
+        for line, sample in _samples(path, ChatRenderer(tokenizer, options.train_on), options, ledger):
             writer.add(sample.ids, sample.supervised, line)
         if not ledger.lengths:
             ledger.fatal = ledger.rejected
@@ -207,6 +238,12 @@ def _build(
         f"{path}: {report['rows_kept']} of {report['rows_read']} rows kept, {report['tokens']} tokens, "
         f"{100 * report['supervised_share']:.1f} % supervised, {time.monotonic() - started:.1f} seconds"
     )
+    if report["samples"] > report["rows_kept"]:
+        echo(
+            f"{path}: the chat template rewrites earlier turns, so each turn to train is a sample: {report['samples']}"
+        )
+    if report["duplicates"]:
+        echo(f"{path}: {report['duplicates']} samples are the same as an earlier one (all of them are kept)")
     for code, count in report["rejected_by_code"].items():
         echo(f"{path}: {count} rows left out with {code}")
     for token, count in report["rows_spelling_control_tokens"].items():
@@ -215,36 +252,38 @@ def _build(
 
 def _samples(path: Path, renderer: ChatRenderer, options: DataOptions, ledger: Ledger) -> Iterator[tuple[int, Sample]]:
     """Yields (line, sample) for each row that is kept; the ledger learns what became of all of them."""
-    rows = read_conversations(path, options.fields())
+    rows = read_conversations(path, options.fields(), options.data_format)
     while block := list(itertools.islice(rows, BLOCK_ROWS)):
         rendered = iter(renderer.render_batch([row for row in block if isinstance(row, Conversation)]))
         for row in block:
             ledger.read += 1
-            outcome = row if isinstance(row, Defect) else next(rendered)
-            if isinstance(outcome, Sample):
-                outcome = _fit(outcome, options, ledger)
-            if isinstance(outcome, RowError):
-                outcome = Defect(str(path), row.line, outcome.code, str(outcome))
-            if isinstance(outcome, Defect):
-                ledger.rejected.append(outcome)
-                if (options.overlong if outcome.code == "OVERLONG" else options.bad_rows) == "error":
-                    ledger.fatal.append(outcome)
+            try:
+                if isinstance(row, Defect):
+                    raise RowError(row.code, row.message)
+                outcome = next(rendered)
+                if isinstance(outcome, RowError):
+                    raise outcome
+                fitting = [(_fit(sample, options), len(sample.ids)) for sample in outcome]
+            except RowError as error:
+                defect = Defect(str(path), row.line, error.code, str(error))
+                ledger.rejected.append(defect)
+                lenient = options.overlong if error.code == "OVERLONG" else options.bad_rows
+                if lenient == "error" or error.code in OF_THE_FILE:
+                    ledger.fatal.append(defect)
                 continue
-            ledger.spelled.update(outcome.spelled)
-            ledger.lengths.append(len(outcome.ids))
-            ledger.supervised_tokens += int(outcome.supervised[1:].sum())
-            yield row.line, outcome
+            ledger.kept += 1
+            for sample, length in fitting:
+                ledger.count(sample, length)
+                yield row.line, sample
 
 
-def _fit(sample: Sample, options: DataOptions, ledger: Ledger) -> Sample | RowError:
+def _fit(sample: Sample, options: DataOptions) -> Sample:
     """Returns the sample, cut if it is too long for a row and may be; what is stored ends with a supervised token."""
     room = options.max_seq_len + 1  # the last stored token is only a target
     if len(sample.ids) > room and options.overlong != "truncate":
-        return RowError("OVERLONG", f"{len(sample.ids)} tokens, max_seq_len={options.max_seq_len} has room for {room}")
+        raise RowError("OVERLONG", f"{len(sample.ids)} tokens, max_seq_len={options.max_seq_len} has room for {room}")
     targets = np.flatnonzero(sample.supervised[1:room])
     if len(targets) == 0:
-        return RowError("NO_SUPERVISED", f"none of the first {room} of {len(sample.ids)} tokens is supervised")
+        raise RowError("NO_SUPERVISED", f"none of the first {room} of {len(sample.ids)} tokens is supervised")
     length = int(targets[-1]) + 2
-    ledger.truncated += length < len(sample.ids)
-    ledger.cut_tokens += len(sample.ids) - length
     return Sample(sample.ids[:length], sample.supervised[:length], sample.spelled)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dataset.packing import RowPlan
-from dataset.store import TokenStore
+from dataset.store import JoinedStore, TokenStore
 
 FILLER = -1  # the row that fills an uneven share, and the sample number of its document
 
@@ -28,7 +28,7 @@ class PackedRows(Dataset[list[Document]]):
     `indices` maps the plan's sample numbers to the store's, for a plan over part of a store.
     """
 
-    def __init__(self, store: TokenStore, plan: RowPlan, indices: np.ndarray | None = None):
+    def __init__(self, store: TokenStore | JoinedStore, plan: RowPlan, indices: np.ndarray | None = None):
         planned, given = len(plan.samples), store.num_samples if indices is None else len(indices)
         if planned != given:
             raise ValueError(f"the plan holds {planned} samples, the data {given}")

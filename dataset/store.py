@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,43 @@ class TokenStore:
     def where(self, sample: int) -> str:
         """Returns `path:line` of the row that a sample was made from."""
         return f"{self.source}:{self._lines[sample]}"
+
+
+class JoinedStore:
+    """Several stores as one: samples are numbered through, in the order of the stores."""
+
+    def __init__(self, stores: Sequence[TokenStore]):
+        self.stores = list(stores)
+        self.starts = np.cumsum([0, *(store.num_samples for store in self.stores)])
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Stored tokens of each sample, int64 (samples,)."""
+        return np.concatenate([store.lengths for store in self.stores])
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(store.fingerprint for store in self.stores).encode()).hexdigest()
+
+    def tokens(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        """As TokenStore.tokens."""
+        store, number = self._find(sample)
+        return store.tokens(number)
+
+    def where(self, sample: int) -> str:
+        """As TokenStore.where."""
+        store, number = self._find(sample)
+        return store.where(number)
+
+    def _find(self, sample: int) -> tuple[TokenStore, int]:
+        if not 0 <= sample < self.num_samples:
+            raise IndexError(f"sample {sample} of {self.num_samples}")
+        index = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return self.stores[index], sample - int(self.starts[index])
 
 
 class StoreWriter:

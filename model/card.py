@@ -18,6 +18,7 @@ def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str
         ("seed", config["seed"]),
         *((name.replace("/", " ").replace("_", " "), f"{value:.4f}") for name, value in results.items()),
     ]
+    sources = ", ".join(f"`{source['path']}`" for source in train["sources"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""---
 library_name: transformers
@@ -26,7 +27,7 @@ pipeline_tag: text-generation
 
 # A chat model, {base}
 
-Supervised fine-tuning on the assistant turns of `{train["path"]}`.
+Supervised fine-tuning on the assistant turns of {sources}.
 
 | | |
 |---|---|

@@ -7,7 +7,6 @@ Prompts are cut out of the token store that training and validation read, so the
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from dataset.files import read_rows
 from dataset.reader import DataError
 from training.checkpoints import replace_json
 from training.config import Config
@@ -65,8 +65,9 @@ def spread(items: list[Any], count: int) -> list[Any]:
 def read_cases(path: Path, store: Any, limit: int | None) -> list[Case]:
     """The last turn of each conversation in the token store of a file, under the `family` that its row names."""
     last_of_line = {int(store.where(sample).rsplit(":", 1)[1]): sample for sample in range(store.num_samples)}
-    with path.open("rb") as file:
-        families = {line: json.loads(row).get("family") for line, row in enumerate(file, 1) if line in last_of_line}
+    families = {
+        line: row.get("family") for line, row in read_rows(path) if isinstance(row, dict) and line in last_of_line
+    }
     cases = []
     for line, sample in spread(list(last_of_line.items()), limit or store.num_samples):
         ids, supervised = (array.tolist() for array in store.tokens(sample))

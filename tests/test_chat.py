@@ -9,7 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset.chat import GREEN, RESET, ChatRenderer, show
-from dataset.reader import Conversation, Defect, Fields, RowError, read_conversations
+from dataset.files import RowError
+from dataset.layouts import Fields
+from dataset.reader import Conversation, Defect, read_conversations
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -268,10 +270,79 @@ def test_a_batch_gives_each_row_its_own_result():
     renderer = ChatRenderer(byte_tokenizer(UNSTABLE))
     rows = [turns("a", "b"), turns("a", "b", "c", "d"), turns("<|im_end|>", "b"), turns("e", "f")]
     results = renderer.render_batch([Conversation(i, row) for i, row in enumerate(rows)])
-    assert [type(result) for result in results[:2]] == [type(renderer.render(rows[0])), RowError]
-    for row, result in zip(rows[2:], results[2:], strict=True):
-        assert np.array_equal(result.ids, renderer.render(row).ids)
+    assert [len(result) for result in results] == [1, 2, 1, 1]
+    for row, (sample, *_) in zip(rows, results, strict=True):
+        assert np.array_equal(sample.ids, renderer.render(row[:2]).ids)
     assert renderer.render_batch([]) == []
+    broken = ChatRenderer(byte_tokenizer(DATED))
+    assert [
+        type(result) for result in broken.render_batch([Conversation(1, [SYSTEM, *rows[0]]), Conversation(2, rows[0])])
+    ] == [
+        RowError,
+        list,
+    ]
+
+
+def test_an_unstable_template_gives_one_sample_per_turn_with_only_that_turn_supervised():
+    renderer = ChatRenderer(byte_tokenizer(UNSTABLE))
+    ((first, second),) = renderer.render_batch([Conversation(1, turns("a", "b", "c", "d"))])
+    assert first.ids[first.supervised].tolist() == [*b"b", END]
+    assert second.ids.tolist() == [
+        START, *b"user\na", END, *b"\n", START, *b"assistant\n...", END, *b"\n",
+        START, *b"user\nc", END, *b"\n", START, *b"assistant\nd", END,
+    ]  # fmt: skip
+    assert second.ids[second.supervised].tolist() == [*b"d", END]
+
+
+@pytest.mark.parametrize(
+    ("train_on", "wishes", "expected"),
+    [
+        ("assistant", {}, [*b"b", END, *b"d", END, *b"f", END]),
+        ("assistant", {3: False}, [*b"b", END, *b"f", END]),
+        ("assistant", {5: False}, [*b"b", END, *b"d", END]),
+        ("last", {}, [*b"f", END]),
+        ("last", {1: True}, [*b"b", END, *b"f", END]),
+        ("marked", {3: True}, [*b"d", END]),
+        ("marked", {}, None),
+        ("last", {5: False}, None),
+    ],
+)
+def test_which_turns_are_trained(train_on, wishes, expected):
+    conversation = Conversation(1, turns("a", "b", "c", "d", "e", "f"), wishes=wishes)
+    (result,) = ChatRenderer(byte_tokenizer(), train_on).render_batch([conversation])
+    if expected is None:
+        assert isinstance(result, RowError) and result.code == "NO_SUPERVISED"
+    else:
+        (sample,) = result
+        assert sample.ids[sample.supervised].tolist() == expected
+        whole = ChatRenderer(byte_tokenizer()).render(conversation.messages).ids
+        assert sample.ids.tolist() == whole[: len(sample.ids)].tolist()
+
+
+def test_all_trains_every_token_of_the_conversation():
+    sample = ChatRenderer(byte_tokenizer(), "all").render(turns("a", "b", "c"))
+    assert sample.supervised.all()
+    assert sample.ids.tolist() == [
+        START, *b"user\na", END, *b"\n", START, *b"assistant\nb", END, *b"\n", START, *b"user\nc", END, *b"\n"
+    ]  # fmt: skip
+
+
+def test_plain_text_is_trained_whole_and_ends():
+    text = "Once <|im_end|> upon"
+    ((sample,),) = ChatRenderer(byte_tokenizer()).render_batch([Conversation(1, [], text=text)])
+    assert sample.ids.tolist() == [*text.encode(), END]
+    assert sample.supervised.all() and sample.spelled == ("<|im_end|>",)
+
+
+def test_a_template_that_never_ends_is_stopped(monkeypatch):
+    monkeypatch.setattr("dataset.chat.TEMPLATE_SECONDS", 0.3)
+    nested = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    endless = "{% if messages[0].content == 'loop' %}" + nested + "{% endif %}" + PLAIN
+    renderer = ChatRenderer(byte_tokenizer(endless))
+    with pytest.raises(RowError, match="TimeoutError: it took more than 0.3 seconds") as caught:
+        renderer.render(turns("loop", "b"))
+    assert caught.value.code == "TEMPLATE"
+    assert renderer.render(turns("a", "b")).supervised.any()
 
 
 def test_the_prompt_at_generation_is_the_prompt_of_training():
@@ -300,7 +371,7 @@ def test_real_tool_dialogues_supervise_exactly_the_assistants_words():
     renderer = ChatRenderer(tokenizer)
     rows = list(read_conversations(path, Fields()))[::16]
     assert not any(isinstance(row, Defect) for row in rows)
-    for row, sample in zip(rows, renderer.render_batch(rows), strict=True):
+    for row, (sample,) in zip(rows, renderer.render_batch(rows), strict=True):
         cuts = np.flatnonzero(np.diff(sample.supervised.astype(int))) + 1
         written = [tokenizer.decode(run) for run in np.split(sample.ids, cuts)[1::2]]
         said = [message for message in row.messages if message["role"] == "assistant"]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dataset import reader
-from dataset.reader import Conversation, DataError, Defect, Fields, detect_layout, read_conversations
+from dataset import files
+from dataset.layouts import Fields
+from dataset.reader import Conversation, DataError, Defect, detect_layout, read_conversations
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 COLUMNS = Fields("question", "answer")
@@ -102,8 +103,10 @@ BAD_ROWS = [
     ("EMPTY_ASSISTANT", chat(user(), assistant(""))),
     ("EMPTY_ASSISTANT", chat(user(), assistant(" \n\t"), user(), assistant())),
     ("EMPTY_ASSISTANT", chat(user(), assistant("", tool_calls=[], reasoning_content=" "))),
-    ("UNSUPPORTED", chat(user(), assistant(weight=0))),
-    ("UNSUPPORTED", chat(user(), assistant(train=False))),
+    ("BAD_TYPE", chat(user(), assistant(weight=0.5))),
+    ("BAD_TYPE", chat(user(), assistant(train="no"))),
+    ("BAD_TYPE", chat(user(), assistant(train=True, weight=0))),
+    ("BAD_TYPE", chat({**user(), "train": True}, assistant())),
 ]
 
 
@@ -142,7 +145,7 @@ def test_line_ends_of_all_systems_are_read(tmp_path, end):
 
 
 def test_a_line_without_end_is_given_up_and_the_next_one_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b"\n" + chat(user("x" * 1000), assistant()) + b"\n" + GOOD + b"\n")
     assert [getattr(item, "code", "") for item in read(path)] == ["", "LINE_TOO_LONG", ""]

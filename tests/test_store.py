@@ -176,7 +176,7 @@ def test_truncation_cuts_the_end_and_keeps_a_supervised_token(tmp_path, tokenize
     whole = make(tmp_path, tokenizer, LONG, max_seq_len=1024)
     cut = make(tmp_path, tokenizer, GOOD, LONG, overlong="truncate")
     assert cut.tokens(1)[0].tolist() == whole.tokens(0)[0][:65].tolist()
-    assert cut.report["rows_truncated"] == 1
+    assert cut.report["samples_truncated"] == 1
     assert cut.report["cut_tokens"] == whole.lengths[0] - 65
     assert plan_rows(cut.lengths, 64).num_samples == 2
 

@@ -118,10 +118,21 @@ def test_wrong_rows_end_the_run_before_training_with_path_and_line(tmp_path, row
     assert train(1, tmp_path / "run", **flags) == [65]
     log = log_of(tmp_path / "run")
     assert "bad.jsonl:5: JSON" in log and "bad.jsonl:10: NO_ASSISTANT" in log and "Traceback" not in log
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["rejects.jsonl"]
     assert train(1, tmp_path / "run", bad_rows="skip", **flags) == [0]
+    rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
+    assert [(reject["line"], reject["code"]) for reject in rejects] == [(5, "JSON_SYNTAX"), (10, "NO_ASSISTANT")]
     report = json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]
     assert (report["rows_read"], report["rows_kept"], report["rows_rejected"]) == (24, 22, 2)
+
+
+def test_rows_of_one_sample_have_the_losses_of_packed_ones(tmp_path, rows, finished):
+    flags = {"data_path": str(rows), "val_data_path": str(rows), "eval_at_start": True, "packing": False}
+    assert train(1, tmp_path / "run", **flags, max_steps=2) == [0], log_of(tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]["packing"]
+    assert report["samples"] == report["rows"] == 24
+    alone, packed = records_of(tmp_path / "run", "eval")[0], records_of(finished, "eval")[0]
+    assert alone["eval/loss"] == pytest.approx(packed["eval/loss"], abs=1e-5)
 
 
 class NonFinite:

@@ -24,7 +24,16 @@ ALLOWED_CHANGES = ("data", "template", "model", "seed", "schedule", "optimizer",
 
 SHAPE_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
-DATA_FLAGS = ("prompt_field", "response_field", "system_field", "max_seq_len", "overlong", "bad_rows")
+DATA_FLAGS = (
+    "prompt_field",
+    "response_field",
+    "system_field",
+    "max_seq_len",
+    "overlong",
+    "bad_rows",
+    "data_format",
+    "train_on",
+)
 LOADING_FLAGS = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
 
 
@@ -59,13 +68,16 @@ class Config:
     """Every argument of a run; names are those of the flags."""
 
     # fmt: off
-    data_path: str = flag("demo", "training data: a JSONL file, or 'demo' for the embedded instruction set", group="data")
-    val_data_path: str | None = flag(None, "held-out data, same formats as --data_path", group="data")
+    data_path: str = flag("demo", "training data: files, patterns, directories or Hub data sets with weights (a.jsonl:2,b.parquet:0.5), or 'demo'", group="data")
+    val_data_path: str | None = flag(None, "held-out data, the same without weights", group="data")
     val_fraction: float = flag(0.0, "share of --data_path held out for validation", group="data", minimum=0, maximum=0.5)
+    data_format: str = flag("auto", "layout of the rows", group="data", choices=("auto", "messages", "sharegpt", "conversations", "alpaca", "prompt", "text", "fields"))
+    train_on: str = flag("assistant", "what is trained: assistant turns, the last one, those that say so, all tokens", group="data", choices=("assistant", "last", "marked", "all"))
     prompt_field: str | None = flag(None, "name of the prompt field in rows without messages", group="data")
     response_field: str | None = flag(None, "name of the answer field in rows without messages", group="data")
     system_field: str | None = flag(None, "name of the system prompt field in rows without messages", group="data")
     max_seq_len: int = flag(1024, "tokens of a row; several samples are packed into one", group="data", minimum=2)
+    packing: bool = flag(True, "lay samples end to end in rows; 0 = one sample per row (no row is ever padded)", group="data")
     overlong: str = flag("error", "what to do with a sample longer than a row", group="data", choices=("error", "drop", "truncate"))
     bad_rows: str = flag("error", "what to do with a row that cannot be trained", group="data", choices=("error", "skip"))
     cache_dir: str = flag(".cache/tokens", "directory of the tokenised data", group="data")
@@ -135,6 +147,10 @@ class Config:
             problems.append("--val_data_path and --val_fraction are both given: choose one")
         if bool(self.prompt_field) != bool(self.response_field):
             problems.append("--prompt_field and --response_field belong together: give both or none")
+        if self.prompt_field and self.data_format not in ("auto", "fields"):
+            problems.append(f"--prompt_field names the fields of another layout than --data_format {self.data_format}")
+        if self.data_format == "fields" and not self.prompt_field:
+            problems.append("--data_format fields needs --prompt_field and --response_field")
         if self.system_field and not self.prompt_field:
             problems.append("--system_field needs --prompt_field and --response_field")
         if self.warmup_steps and self.warmup_ratio:
@@ -215,6 +231,8 @@ def _convert(name: str, value: Any, plain: type, optional: bool) -> Any:
             return False
         raise ValueError(f"--{name} {value}: not 0 or 1")
     if plain is str:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return ",".join(value)
         if isinstance(value, (list, dict)):
             raise ValueError(f"--{name} {value}: not a single value")
         return str(int(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,204 @@
+"""Rows out of data files, whatever holds them: JSON lines (also gzipped), a JSON array, Parquet, Arrow.
+
+What a file is, its first bytes say; only a JSON array needs the name `.json`. A row that cannot be read becomes a
+`RowError` with a stable code instead of an exception, so that one pass over a file reports all of them. JSON is read
+strictly, because a lenient parser trains what nobody wrote.
+"""
+
+import codecs
+import gzip
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+MAX_LINE_BYTES = 64 * 1024 * 1024  # what has no line end for so long is a file of another kind
+GZIP, PARQUET, ARROW_FILE, ARROW_STREAM = b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+OF_THE_FILE = ("NO_FILE", "EMPTY_FILE", "BROKEN_FILE", "FILE_CHANGED")  # what they hide nobody can count: never skipped
+
+
+class RowError(ValueError):
+    """One row cannot be trained; `code` is the stable word that reports and tests go by."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+Rows = Iterator[tuple[int, dict[str, Any] | RowError]]
+
+
+def read_rows(path: Path) -> Rows:
+    """Yields (line, object or error) for each row; an error of the file itself has line 0 or ends the file.
+
+    `line` counts lines of JSON from 1, and rows in Parquet and Arrow.
+    """
+    last = 0
+    try:
+        with path.open("rb") as file:
+            start = file.read(6)
+            file.seek(0)
+            for last, row in _rows_of(path, file, start):
+                yield last, row
+        if last == 0:
+            yield 0, RowError("EMPTY_FILE", "the file is empty")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        yield last + 1, RowError("BROKEN_FILE", f"the gzip data end or break here: {error}")
+    except OSError as error:
+        yield 0, RowError("NO_FILE", f"cannot be read: {error.strerror}")
+
+
+def _rows_of(path: Path, file: BinaryIO, start: bytes) -> Rows:
+    if start.startswith(GZIP) or path.suffix == ".gz":
+        yield from _json_lines(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
+    elif start.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+        yield from _table_rows(path, start)
+    elif path.suffix == ".json" and file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        yield from _array_rows(path)
+    else:
+        file.seek(0)
+        yield from _json_lines(file)
+
+
+def _json_lines(file: BinaryIO) -> Rows:
+    line = 0
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        line += 1
+        try:
+            yield line, _parse_line(raw, file)
+        except RowError as error:
+            yield line, error
+
+
+def _array_rows(path: Path) -> Rows:
+    """The objects of one JSON array, each under the line that it starts in; the whole text is held in memory."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield 0, RowError("BROKEN_FILE", f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}")
+        return
+    at, line, counted = _after_space(text, text.index("[") + 1), 1, 0
+    while text[at : at + 1] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            yield line, RowError("BROKEN_FILE", f"what follows is no JSON value, and nothing after it is read: {error}")
+            return
+        try:
+            yield line, _object(text[at:end])
+        except RowError as error:
+            yield line, error
+        at = _after_space(text, end)
+        if text[at : at + 1] == ",":
+            at = _after_space(text, at + 1)
+        elif text[at : at + 1] != "]":
+            yield line, RowError("BROKEN_FILE", "after this value a comma or the end of the array is missing")
+            return
+    if text[at + 1 :].strip():
+        yield line, RowError("BROKEN_FILE", "there is more text after the end of the array")
+
+
+def _after_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at
+
+
+def _table_rows(path: Path, start: bytes) -> Rows:
+    """Rows of a columnar file; a null is a column that the row does not have."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    row = 0
+    try:
+        if start.startswith(PARQUET):
+            tables: Any = parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        elif start.startswith(ARROW_FILE):
+            reader = ipc.open_file(pyarrow.memory_map(str(path)))
+            tables = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        else:
+            tables = ipc.open_stream(pyarrow.memory_map(str(path)))
+        for table in tables:
+            for values in table.to_pylist():
+                row += 1
+                yield row, without_nulls(values)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield row + 1, RowError("BROKEN_FILE", f"cannot be read from here on: {error}")
+
+
+def without_nulls(value: Any) -> Any:
+    """A column type has every key of every row, so a key that a row never had comes back as null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _parse_line(raw: bytes, file: BinaryIO) -> dict[str, Any]:
+    if len(raw) > MAX_LINE_BYTES:
+        while raw and not raw.endswith(b"\n"):
+            raw = file.readline(MAX_LINE_BYTES)
+        raise RowError("LINE_TOO_LONG", f"the line has more than {MAX_LINE_BYTES} bytes")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError("UTF8", f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}") from error
+    if text.startswith("\ufeff"):
+        raise RowError("UTF8", "begins with a byte order mark: save the file as UTF-8 without one")
+    if not text.strip():
+        raise RowError("BLANK_LINE", "the line is blank")
+    return _object(text)
+
+
+def _object(text: str) -> dict[str, Any]:
+    row = parse_json(text)
+    if not isinstance(row, dict):
+        raise RowError("NOT_OBJECT", f"each line must hold one JSON object, this one holds {kind_of(row)}")
+    if "\\u" in text:
+        try:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowError("UTF8", "an escape spells half of a surrogate pair, which is no character") from error
+    return row
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON: no key twice, no NaN; raises RowError."""
+    try:
+        return _DECODER.decode(text)
+    except RowError:
+        raise
+    except json.JSONDecodeError as error:
+        raise RowError("JSON_SYNTAX", f"{error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise RowError("JSON_SYNTAX", "nested too deeply") from error
+    except ValueError as error:  # Python's own limit on the digits of an integer
+        raise RowError("JSON_SYNTAX", "an integer has too many digits") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RowError("DUPLICATE_KEY", f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return row
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_constant(text)
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise RowError("NON_FINITE", f"{text[:40]} is no finite number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_refuse_constant)
+
+
+def kind_of(value: Any) -> str:
+    """The JSON type of a value, for a message."""
+    names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")

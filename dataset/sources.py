@@ -1,0 +1,80 @@
+"""From the words of --data_path to the files that they name, each with its weight.
+
+`a.jsonl:2,b.parquet:0.5` names two files: every sample of the first is trained twice per epoch, of the second one half.
+A word is a file, a pattern (`data/*.jsonl`), a directory, or a data set of the Hub (`owner/name/config@split`).
+"""
+
+import glob
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
+HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<split>[\w\[\]:%+-]+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data file; `weight` is how often each of its samples is trained per epoch, on average."""
+
+    path: Path
+    weight: float = 1.0
+
+
+def find_sources(data_path: str) -> list[Source]:
+    """The files of --data_path in the order of its words; ValueError for a word that names none."""
+    sources = []
+    for word in [data_path] if Path(data_path).exists() else data_path.split(","):
+        name, weight = _weight_of(word.strip())
+        sources += [Source(path, weight) for path in _files_of(name)]
+    return sources
+
+
+def _weight_of(word: str) -> tuple[str, float]:
+    name, colon, number = word.rpartition(":")
+    if not colon or Path(word).exists() or not re.fullmatch(r"-?\d+(\.\d*)?|-?\.\d+", number):
+        return word, 1.0
+    if not 0 < float(number) <= 1000:
+        raise ValueError(f"--data_path {word}: the weight must be greater than 0 and at most 1000")
+    return name, float(number)
+
+
+def _files_of(name: str) -> list[Path]:
+    path = Path(name)
+    if path.is_dir():
+        return _files_in(path)
+    if not path.exists() and glob.has_magic(name) and "@" not in name:
+        found = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
+        if not found:
+            raise ValueError(f"--data_path {name}: no file matches")
+        return found
+    if not path.exists() and not name.endswith(SUFFIXES) and (hub := HUB_ID.fullmatch(name)):
+        return _files_from_hub(name, **hub.groupdict())
+    return [path]  # the reader says what is wrong with it
+
+
+def _files_in(directory: Path) -> list[Path]:
+    """Every data file below a directory, or the shards of what `datasets` saved there."""
+    if (directory / "dataset_dict.json").is_file():
+        splits = ", ".join(json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+        raise ValueError(f"--data_path {directory}: it holds several splits, name the directory of one: {splits}")
+    if (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file():
+        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        return [directory / entry["filename"] for entry in state["_data_files"]]
+    found = sorted(path for path in directory.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    if not found:
+        raise ValueError(f"--data_path {directory}: no file in it ends with {', '.join(SUFFIXES)}")
+    return found
+
+
+def _files_from_hub(word: str, name: str, config: str | None, split: str | None) -> list[Path]:
+    """The Arrow files that `datasets` makes of a data set; downloaded once."""
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split or "train")
+    except Exception as error:  # network, names, formats: whatever it is, the word is where to look
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"--data_path {word}: no such file, and as a data set of the Hub: {reason}") from error
+    return [Path(entry["filename"]) for entry in rows.cache_files]

@@ -1,0 +1,164 @@
+"""One golden row of every layout: the conversation that it means, written out by hand."""
+
+import json
+
+import pytest
+
+from dataset.layouts import LAYOUTS, Fields
+from dataset.reader import Conversation, Defect, detect_layout, read_conversations
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"city": "Köln"}}}
+TOOLS = [{"type": "function", "function": {"name": "look"}}]
+
+
+def says(role: str, content: str, **more: object) -> dict[str, object]:
+    return {"role": role, "content": content, **more}
+
+
+GOLDEN = {
+    "messages": (
+        {"messages": [says("user", "a"), says("assistant", "b", weight=0), says("user", "c"), says("assistant", "d")]},
+        Conversation(
+            1,
+            [says("user", "a"), says("assistant", "b"), says("user", "c"), says("assistant", "d")],
+            wishes={1: False},
+        ),
+    ),
+    "conversations": (
+        {
+            "conversations": [
+                says("system", "s", tools=json.dumps(TOOLS)),
+                says("user", "a"),
+                says("assistant", "", reasoning_content="r", tool_calls=json.dumps([CALL["function"]])),
+                says("tool", "t"),
+                says("assistant", "b", train=True),
+            ]
+        },
+        Conversation(
+            1,
+            [
+                says("system", "s"),
+                says("user", "a"),
+                says("assistant", "", reasoning_content="r", tool_calls=[CALL]),
+                says("tool", "t"),
+                says("assistant", "b"),
+            ],
+            TOOLS,
+            wishes={4: True},
+        ),
+    ),
+    "sharegpt": (
+        {
+            "system": "s",
+            "tools": json.dumps(TOOLS),
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": json.dumps(CALL["function"])},
+                {"from": "observation", "value": "t"},
+                {"from": "gpt", "value": "b"},
+            ],
+        },
+        Conversation(
+            1,
+            [
+                says("system", "s"),
+                says("user", "a"),
+                says("assistant", "", tool_calls=[CALL]),
+                says("tool", "t"),
+                says("assistant", "b"),
+            ],
+            TOOLS,
+        ),
+    ),
+    "alpaca": (
+        {"instruction": "a", "input": "i", "output": "b", "system": "s", "history": [["x", "y"]]},
+        Conversation(
+            1,
+            [
+                says("system", "s"),
+                says("user", "x"),
+                says("assistant", "y"),
+                says("user", "a\ni"),
+                says("assistant", "b"),
+            ],
+        ),
+    ),
+    "prompt": (
+        {"prompt": "a", "completion": "b"},
+        Conversation(1, [says("user", "a"), says("assistant", "b")]),
+    ),
+    "text": ({"text": " a b "}, Conversation(1, [], text=" a b ")),
+}
+
+
+def write(tmp_path, *rows: dict) -> object:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_layout_is_found_and_means_this_conversation(tmp_path, name):
+    row, expected = GOLDEN[name]
+    path = write(tmp_path, row)
+    assert detect_layout(path, Fields()) == name
+    assert list(read_conversations(path, Fields())) == [expected]
+
+
+def test_every_layout_has_a_golden_row():
+    assert {*GOLDEN, "fields"} == set(LAYOUTS)
+
+
+def test_prompt_and_completion_may_be_messages_of_which_only_the_completion_is_trained(tmp_path):
+    row = {
+        "prompt": [says("user", "a"), says("assistant", "b"), says("user", "c")],
+        "completion": [says("assistant", "d")],
+    }
+    (conversation,) = read_conversations(write(tmp_path, row), Fields())
+    assert [message["content"] for message in conversation.messages] == ["a", "b", "c", "d"]
+    assert conversation.wishes == {0: False, 1: False, 2: False}
+
+
+def test_a_named_layout_is_taken_whatever_the_rows_look_like(tmp_path):
+    row = {"text": "whole", "messages": [says("user", "a"), says("assistant", "b")]}
+    path = write(tmp_path, row)
+    assert detect_layout(path, Fields()) == "messages"
+    (conversation,) = read_conversations(path, Fields(), "text")
+    assert conversation.text == "whole"
+
+
+SHAREGPT_TURN = {"from": "human", "value": "a"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "row", "code"),
+    [
+        ("sharegpt", {"conversations": [SHAREGPT_TURN, {"from": "alien", "value": "b"}]}, "UNKNOWN_ROLE"),
+        ("sharegpt", {"conversations": [SHAREGPT_TURN, {"from": "gpt"}]}, "MISSING_FIELD"),
+        ("sharegpt", {"conversations": [SHAREGPT_TURN, {"from": "gpt", "value": None}]}, "BAD_TYPE"),
+        ("sharegpt", {"conversations": [SHAREGPT_TURN, "b"]}, "BAD_TYPE"),
+        ("sharegpt", {"conversations": [SHAREGPT_TURN, {"from": "function_call", "value": "{"}]}, "JSON_SYNTAX"),
+        ("sharegpt", {"conversations": [SHAREGPT_TURN, {"from": "function_call", "value": "7"}]}, "BAD_TYPE"),
+        ("sharegpt", {"conversations": []}, "BAD_TYPE"),
+        ("sharegpt", {"conversations": [SHAREGPT_TURN], "system": 7}, "BAD_TYPE"),
+        ("alpaca", {"instruction": "a"}, "MISSING_FIELD"),
+        ("alpaca", {"instruction": "a", "output": " "}, "EMPTY_ASSISTANT"),
+        ("alpaca", {"instruction": "a", "output": "b", "input": 3}, "BAD_TYPE"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": "x"}, "BAD_TYPE"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["x"]]}, "BAD_TYPE"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["x", None]]}, "BAD_TYPE"),
+        ("prompt", {"prompt": "a"}, "MISSING_FIELD"),
+        ("prompt", {"prompt": "a", "completion": [says("assistant", "b")]}, "BAD_TYPE"),
+        ("prompt", {"prompt": [says("assistant", "x")], "completion": [says("assistant", "b")]}, "BAD_ORDER"),
+        ("text", {"text": " \n"}, "EMPTY_TEXT"),
+        ("text", {"text": None}, "BAD_TYPE"),
+        ("text", {}, "MISSING_FIELD"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["first", "middle", "last"])
+def test_a_bad_row_is_refused_by_code_and_line_and_alone(tmp_path, layout, row, code, place):
+    rows = [GOLDEN[layout][0]] * 2
+    rows.insert(place, row)
+    found = list(read_conversations(write(tmp_path, *rows), Fields(), layout))
+    assert [(item.line, item.code) for item in found if isinstance(item, Defect)] == [(place + 1, code)]
+    assert len(found) == 3

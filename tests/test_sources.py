@@ -1,0 +1,141 @@
+"""Every word of --data_path names its files, and every sample is trained as often as its weight says."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dataset.load import load_rows
+from dataset.prepare import DataOptions
+from dataset.reader import DataError
+from dataset.sources import Source, find_sources
+from model.choose import OWN_TOKENIZER, load_tokenizer
+
+
+def write(path: Path, count: int, word: str = "x", bad: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": f"{word} {number}?", "completion": f"{word} {number}"} for number in range(count)]
+    rows += [{"prompt": "no answer"}] * bad
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_words_are_files_patterns_and_directories_with_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b/2.jsonl", "b/1.json", "b/deep/3.jsonl.gz", "b/notes.txt", "c:3,d.jsonl"):
+        write(Path(name), 1)
+    assert find_sources("a.jsonl") == [Source(Path("a.jsonl"))]
+    assert find_sources("a.jsonl:2, b/*.jsonl:.5") == [Source(Path("a.jsonl"), 2.0), Source(Path("b/2.jsonl"), 0.5)]
+    assert [s.path.name for s in find_sources("b")] == ["1.json", "2.jsonl", "3.jsonl.gz"]
+    assert find_sources("c:3,d.jsonl") == [Source(Path("c:3,d.jsonl"))]
+    assert find_sources("none.jsonl:2") == [Source(Path("none.jsonl"), 2.0)]  # the reader says that it is not there
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("a.jsonl:0", "greater than 0"),
+        ("a.jsonl:-1", "greater than 0"),
+        ("*.parquet", "no file matches"),
+        ("e", "no file in it"),
+    ],
+)
+def test_a_word_that_names_nothing_is_an_error(tmp_path, monkeypatch, word, message):
+    monkeypatch.chdir(tmp_path)
+    write(Path("a.jsonl"), 1)
+    Path("e").mkdir()
+    with pytest.raises(ValueError, match=f"--data_path {word.split(':')[0]}.*{message}".replace("*.", r"\*\.", 1)):
+        find_sources(word)
+
+
+def test_a_data_set_saved_by_datasets_is_read_from_its_shards(tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list([{"prompt": str(n), "completion": str(n)} for n in range(6)])
+    rows.save_to_disk(tmp_path / "one", num_shards=2)
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "two")
+    assert [s.path.name for s in find_sources(str(tmp_path / "one"))] == [
+        "data-00000-of-00002.arrow", "data-00001-of-00002.arrow"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="several splits, name the directory of one: train, test"):
+        find_sources(str(tmp_path / "two"))
+    assert len(load(tmp_path, str(tmp_path / "one")).train.samples) == 6
+
+
+def load(tmp_path: Path, data_path: str, val_fraction: float = 0.0, **options):
+    return load_rows(
+        data_path, None, val_fraction, 7, load_tokenizer(str(OWN_TOKENIZER)), DataOptions(**options),
+        True, tmp_path / "cache", owner=True, echo=lambda line: None, rejects_file=tmp_path / "rejects.jsonl",
+    )  # fmt: skip
+
+
+def trained(data) -> Counter:
+    """How often each `file:line` stands in the rows of an epoch."""
+    rows = data.train
+    return Counter(rows.store.where(document.sample) for row in range(len(rows)) for document in rows[row])
+
+
+def test_weights_give_exact_counts(tmp_path):
+    a, b, c = (
+        write(tmp_path / "a.jsonl", 10, "a"),
+        write(tmp_path / "b.jsonl", 10, "b"),
+        write(tmp_path / "c.jsonl", 7, "c"),
+    )
+    counts = trained(load(tmp_path, f"{a}:2,{b}:0.5,{c}:1.3"))
+    assert [counts[f"{a}:{line}"] for line in range(1, 11)] == [2] * 10
+    assert sorted(counts[f"{b}:{line}"] for line in range(1, 11)) == [0] * 5 + [1] * 5
+    assert sorted(counts[f"{c}:{line}"] for line in range(1, 8)) == [1] * 5 + [2] * 2
+    assert trained(load(tmp_path, f"{a}:2,{b}:0.5,{c}:1.3")) == counts
+    assert set(trained(load(tmp_path, f"{a},{b}")).values()) == {1}
+
+
+def test_a_held_out_sample_is_not_trained_whatever_its_weight(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", 20, "a"), write(tmp_path / "b.jsonl", 20, "b")
+    data = load(tmp_path, f"{a}:3,{b}", val_fraction=0.25)
+    held_out = {data.held_out.store.where(sample) for sample in data.held_out.samples.tolist()}
+    assert len(held_out) == 10
+    assert not held_out & set(trained(data))
+    assert len(held_out | set(trained(data))) == 40
+
+
+def test_the_ledger_has_each_source_and_the_sums(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", 4, "a"), write(tmp_path / "b.jsonl", 6, "a", bad=2)
+    data = load(tmp_path, f"{a},{b}", bad_rows="skip")
+    report = data.report["train"]
+    assert [(s["path"], s["rows_read"], s["rows_kept"]) for s in report["sources"]] == [(str(a), 4, 4), (str(b), 8, 6)]
+    assert (report["rows_read"], report["rows_kept"], report["rows_rejected"], report["samples"]) == (12, 10, 2, 10)
+    assert [(reject["path"], reject["line"]) for reject in data.rejects] == [(str(b), 7), (str(b), 8)]
+
+
+def test_the_defects_of_all_sources_are_reported_at_once_and_written_down(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", 4, bad=1), write(tmp_path / "b.jsonl", 6, bad=30)
+    with pytest.raises(DataError, match=r"31 defects in the data, 11 of them not shown; .*rejects.jsonl has all"):
+        load(tmp_path, f"{a},{b}")
+    written = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert len(written) == 31
+    assert written[0] == {
+        "path": str(a), "line": 5, "code": "MISSING_FIELD", "message": "the row has no 'completion', it has 'prompt'"
+    }  # fmt: skip
+
+
+def test_other_weights_are_other_data(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", 10, "a"), write(tmp_path / "b.jsonl", 10, "b")
+    identities = {
+        load(tmp_path, words).identity["data"] for words in (f"{a},{b}", f"{a}:2,{b}", f"{b},{a}", f"{a},{b}:0.5")
+    }
+    assert len(identities) == 4
+
+
+def test_what_cannot_be_counted_is_never_skipped(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"prompt": "a", "completion": "b"}, {"prompt"')
+    with pytest.raises(DataError, match="BROKEN_FILE"):
+        load(tmp_path, str(path), bad_rows="skip")
+
+
+def test_duplicates_are_counted_and_kept(tmp_path):
+    path = write(tmp_path / "a.jsonl", 5)
+    path.write_text(path.read_text() * 2)
+    report = load(tmp_path, str(path)).report["train"]
+    assert (report["duplicates"], report["samples"], report["packing"]["samples"]) == (5, 10, 10)
