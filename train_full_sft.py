@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from dataset.chat import show
-from dataset.load import load_rows, make_loader, write_rejects
+from dataset.load import DataRequest, load_rows, make_loader, write_rejects
 from dataset.prepare import DataOptions
 from dataset.reader import DataError
 from dataset.rows import FILLER, PackedRows, collate
@@ -183,25 +183,25 @@ def train_epoch(
         norm = train_step(learner, window, state.step + 1, lr, supervised, state)
 
         # 4. advance
-        state.advance(plan.window_rows, plan.num_rows, tokens, supervised)
+        state.advance(plan.window_rows, plan.rows_of(state.epoch), tokens, supervised)
         meter.count(tokens, supervised)
         judge_norm(learner, norm, window, state, records, loader.dataset)
 
         # 5. log, validate, save
-        if plan.due(state.step, plan.log_steps):
+        if plan.due(state, plan.log_interval):
             means = token_means(state.since_log.total(processes.sum_ints), "train")
             state.since_log = Sums()
             records.log_step(state, plan, {**means, "train/learning_rate": lr, "train/grad_norm": norm}, meter)
         with meter.paused():
-            results = hooks.evaluate() if plan.due(state.step, plan.eval_steps) else {}
-            ends_epoch = state.rows == plan.num_rows
+            results = hooks.evaluate() if plan.due(state, plan.eval_interval) else {}
+            ends_epoch = plan.ends_epoch(state)
             if ends_epoch or state.step == plan.total_steps:
                 means = token_means(state.since_epoch.total(processes.sum_ints), "train")
                 values = {**means, **results, "train/learning_rate": lr}
                 records.log_epoch(state, plan, values, meter, peak_memory_bytes(processes.device))
             if ends_epoch:  # also a checkpoint made now points at the start of the next epoch
                 state.next_epoch()
-            if plan.due(state.step, plan.save_steps) or save:
+            if plan.due(state, plan.save_interval) or save:
                 signals.save = 0
                 hooks.save()
         records.step_done(state, plan)
@@ -267,11 +267,10 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         check_run_directory(save_dir, config.continues, config.overwrite)
     from_weight = weights_source(config.from_weight)
     tokenizer_source = choose_tokenizer(config.tokenizer, from_weight)
-    tokenizer = load_tokenizer(tokenizer_source)
+    tokenizer = load_tokenizer(tokenizer_source, config.chat_template)
     data = load_rows(
-        config.data_path, config.val_data_path, config.val_fraction, config.seed, tokenizer,
-        DataOptions(**config.data_options), config.packing, Path(config.cache_dir), owner=local_rank == 0,
-        echo=logger.info, rejects_file=save_dir / "rejects.jsonl" if rank == 0 else None,
+        DataRequest(**config.data_request, options=DataOptions(**config.data_options)), tokenizer,
+        owner=local_rank == 0, echo=logger.info, rejects_file=save_dir / "rejects.jsonl" if rank == 0 else None,
     )  # fmt: skip
 
     # 2. Processes
@@ -304,7 +303,9 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     rows_at_first_start = config.batch_size * config.accumulation_steps * processes.world_size
     window_rows = config.global_batch_size or saved.get("global_batch_size", rows_at_first_start)
     micro_batches = micro_batches_per_step(window_rows, processes.world_size, config.batch_size)
-    plan = make_plan(config, len(data.train), window_rows, state)
+    if state.rows >= data.train.rows_of(state.epoch):  # only where other data was allowed
+        state.next_epoch()
+    plan = make_plan(config, data.train.rows_of, window_rows, state)
     identity = {**data.identity, **identity_of(config, dtype, window_rows, describe_model(model))}
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
@@ -381,6 +382,8 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
             if reason or state.step >= plan.total_steps:
                 break
             sampler.set_epoch(epoch)
+            data.train.set_epoch(epoch)
+            sampler.num_rows = len(data.train)
             # A window is the rows of one step. Whole windows are skipped as batches; rows before the first whole window
             # (after a change of the rows per step) are left out by the sampler.
             whole_windows, sampler.offset = divmod(state.rows, window_rows)
@@ -419,7 +422,7 @@ def rehearse(
     logger.info(
         "\n%d epochs x %d steps = %d steps of %d rows (%d micro-batches per rank), about %.2f s each: %s in all; "
         "peak memory so far %.2f GiB per process. Nothing was saved.",
-        plan.epochs, plan.steps_per_epoch, plan.total_steps, plan.window_rows, micro_batches, seconds,
+        plan.epochs, plan.steps_of(0), plan.total_steps, plan.window_rows, micro_batches, seconds,
         duration(seconds * plan.total_steps), peak_memory_bytes(processes.device) / 2**30,
     )  # fmt: skip
     close_processes(processes)

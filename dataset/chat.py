@@ -6,14 +6,11 @@ marker is searched for in the user's text: what spells a control token there is 
 characters and encoded as plain text afterwards. Prompt and answer are encoded apart, as generation would meet them.
 """
 
-import contextlib
 import json
 import re
-import signal
-import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,13 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.files import RowError
 from dataset.reader import Conversation, Message
+from dataset.template import ChatTemplate, Tools, time_limit
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TRAIN_ON = ("assistant", "last", "marked", "all")
-TEMPLATE_SECONDS = 5.0  # that a template may take for one conversation
 PRIVATE_USE = range(0xF0000, 0x10FFFE)  # planes 15 and 16: they mean nothing, so a template has no opinion on them
-
-Tools = list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class ChatRenderer:
         for needed in ("chat_template", "eos_token"):
             if getattr(tokenizer, needed) is None:
                 raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no {needed}")
-        self._tokenizer, self._train_on = tokenizer, train_on
+        self._tokenizer, self._train_on, self._template = tokenizer, train_on, ChatTemplate(tokenizer)
         self._learn_control_tokens()
         self._check_pieces()
         self.end_of_turn = self._find_end_of_turn()
@@ -63,7 +58,9 @@ class ChatRenderer:
     def render(self, messages: list[Message], tools: Tools = None) -> Sample:
         """Renders one conversation as one sample; raises RowError when there is no right mask for it."""
         conversation = Conversation(0, messages, tools)
-        (sample,) = self._encode([self._render_turns(conversation, self._trained_turns(conversation))])
+        with time_limit():
+            chat = self._render_turns(conversation, self._trained_turns(conversation))
+        (sample,) = self._encode([chat])
         if isinstance(sample, RowError):
             raise sample
         return sample
@@ -73,7 +70,8 @@ class ChatRenderer:
         chats: list[list[RenderedChat] | RowError] = []
         for conversation in conversations:
             try:
-                chats.append(self._render_text(conversation))
+                with time_limit():
+                    chats.append(self._render_text(conversation))
             except RowError as error:
                 chats.append(error)
         encoded = self._encode([chat for rendered in chats if isinstance(rendered, list) for chat in rendered])
@@ -117,7 +115,7 @@ class ChatRenderer:
         messages, tools, spelled = self._hide_spelled(conversation.messages, conversation.tools)
         everything = self._train_on == "all"
         messages = messages if everything else messages[: trained[-1] + 1]
-        whole = self._apply(messages, tools)
+        whole = self._template.render(messages, tools)
         stretches = self._cut(messages, tools, whole, trained, cuts=trained if alone else None)
         if everything:
             rest = whole[sum(len(text) for text, _ in stretches) :]
@@ -131,11 +129,12 @@ class ChatRenderer:
         Where the template renders earlier answers otherwise than they were written, the text is encoded in one piece.
         """
         messages, tools, spelled = self._hide_spelled(messages, tools)
-        whole = self._apply(messages, tools, generation_prompt=True)
-        try:
-            stretches = self._cut(messages, tools, whole, ())
-        except RowError:
-            stretches = []
+        with time_limit():
+            whole = self._template.render(messages, tools, generation_prompt=True)
+            try:
+                stretches = self._cut(messages, tools, whole, ())
+            except RowError:
+                stretches = []
         self._refuse_escaped(whole, spelled)
         done = sum(len(text) for text, _ in stretches)
         (sample,) = self._encode([RenderedChat([*stretches, (whole[done:], False)], spelled)])
@@ -156,11 +155,13 @@ class ChatRenderer:
         if cuts is None:
             cuts = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         for turn in cuts:
-            start = self._prefix_length(messages[:turn], tools, whole, generation_prompt=True)
-            # Without this bound, a turn that the template leaves open would reach into the next message.
-            last = turn == len(messages) - 1
-            bound = len(whole) if last else self._prefix_length(messages[: turn + 1], tools, whole)
-            end = whole.find(self.end_of_turn, start, bound)
+            start = self._template.prefix_length(messages[:turn], tools, whole, generation_prompt=True)
+            end = whole.find(self.end_of_turn, start)
+            plain = whole[start:end].strip() == messages[turn]["content"].strip()
+            if turn < len(messages) - 1 and not plain:  # a turn that the template leaves open reaches into the next one
+                end = whole.find(
+                    self.end_of_turn, start, self._template.prefix_length(messages[: turn + 1], tools, whole)
+                )
             if end < 0:
                 raise RowError("NO_END_OF_TURN", f"the template does not end message {turn} with {self.end_of_turn!r}")
             end += len(self.end_of_turn)
@@ -216,32 +217,13 @@ class ChatRenderer:
         """Returns the end-of-sequence token, or what the template ends a turn with if that is another control token."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            turn = self._apply(probe, None)[len(self._apply(probe[:1], None, generation_prompt=True)) :]
+            with time_limit():
+                header = self._template.render(probe[:1], generation_prompt=True)
+                turn = self._template.render(probe)[len(header) :]
         except RowError as error:
             raise ValueError(f"a plain question and answer cannot be rendered: {error}") from error
         written, eos = self._control.findall(turn), str(self._tokenizer.eos_token)
         return eos if eos in written or not written else str(written[0])
-
-    def _apply(self, messages: list[Message], tools: Tools, generation_prompt: bool = False) -> str:
-        options: dict[str, Any] = {"tools": tools, "add_generation_prompt": generation_prompt, "tokenize": False}
-        try:
-            with _time_limit(TEMPLATE_SECONDS):
-                return str(self._tokenizer.apply_chat_template(messages, **options))
-        except Exception as error:  # a template is a program of its own and may raise anything
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise RowError("TEMPLATE", f"the chat template failed: {reason}") from error
-
-    def _prefix_length(self, messages: list[Message], tools: Tools, whole: str, generation_prompt: bool = False) -> int:
-        """Renders the first messages and checks that the whole conversation begins with the same text."""
-        text = self._apply(messages, tools, generation_prompt)
-        if not whole.startswith(text):
-            at = next((at for at, pair in enumerate(zip(text, whole, strict=False)) if pair[0] != pair[1]), len(whole))
-            raise RowError(
-                "UNSTABLE_TEMPLATE",
-                f"the chat template renders the first {len(messages)} messages differently when more follow; the first "
-                f"difference is at character {at}: {text[at : at + 40]!r} alone, {whole[at : at + 40]!r} with the rest",
-            )
-        return len(text)
 
     def _hide_spelled(self, messages: list[Message], tools: Tools) -> tuple[Any, Any, dict[str, str]]:
         """Replaces each control token that the row's text spells by one private character that the row does not use."""
@@ -313,25 +295,6 @@ def show(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizer
         text: Any = tokenizer.decode(run.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         parts.append(f"{GREEN}{text}{RESET}" if mask[0] else text)
     return "".join(parts)
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block when it takes too long; only the main thread of a process can be told."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> NoReturn:
-        raise TimeoutError(f"it took more than {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -26,15 +26,32 @@ class RowError(ValueError):
         super().__init__(message)
         self.code = code
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowError, (self.code, str(self))
 
-Rows = Iterator[tuple[int, dict[str, Any] | RowError]]
+
+RawRow = bytes | dict[str, Any] | RowError  # bytes are a line of JSON that nobody has looked at yet
 
 
-def read_rows(path: Path) -> Rows:
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Yields (line, object or error) for each row; an error of the file itself has line 0 or ends the file.
 
     `line` counts lines of JSON from 1, and rows in Parquet and Arrow.
     """
+    for line, raw in read_raw_rows(path):
+        yield line, parse_row(raw)
+
+
+def parse_row(raw: RawRow) -> dict[str, Any] | RowError:
+    """The object that a row holds, or why it holds none."""
+    try:
+        return _parse_line(raw) if isinstance(raw, bytes) else raw
+    except RowError as error:
+        return error
+
+
+def read_raw_rows(path: Path) -> Iterator[tuple[int, RawRow]]:
+    """As read_rows, but lines of JSON come as they are: other processes can parse them."""
     last = 0
     try:
         with path.open("rb") as file:
@@ -50,7 +67,7 @@ def read_rows(path: Path) -> Rows:
         yield 0, RowError("NO_FILE", f"cannot be read: {error.strerror}")
 
 
-def _rows_of(path: Path, file: BinaryIO, start: bytes) -> Rows:
+def _rows_of(path: Path, file: BinaryIO, start: bytes) -> Iterator[tuple[int, RawRow]]:
     if start.startswith(GZIP) or path.suffix == ".gz":
         yield from _json_lines(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
     elif start.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
@@ -62,17 +79,19 @@ def _rows_of(path: Path, file: BinaryIO, start: bytes) -> Rows:
         yield from _json_lines(file)
 
 
-def _json_lines(file: BinaryIO) -> Rows:
+def _json_lines(file: BinaryIO) -> Iterator[tuple[int, RawRow]]:
     line = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         line += 1
-        try:
-            yield line, _parse_line(raw, file)
-        except RowError as error:
-            yield line, error
+        if len(raw) > MAX_LINE_BYTES:
+            while raw and not raw.endswith(b"\n"):
+                raw = file.readline(MAX_LINE_BYTES)
+            yield line, RowError("LINE_TOO_LONG", f"the line has more than {MAX_LINE_BYTES} bytes")
+        else:
+            yield line, raw
 
 
-def _array_rows(path: Path) -> Rows:
+def _array_rows(path: Path) -> Iterator[tuple[int, RawRow]]:
     """The objects of one JSON array, each under the line that it starts in; the whole text is held in memory."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -107,7 +126,7 @@ def _after_space(text: str, at: int) -> int:
     return at
 
 
-def _table_rows(path: Path, start: bytes) -> Rows:
+def _table_rows(path: Path, start: bytes) -> Iterator[tuple[int, RawRow]]:
     """Rows of a columnar file; a null is a column that the row does not have."""
     import pyarrow
     from pyarrow import ipc, parquet
@@ -124,23 +143,24 @@ def _table_rows(path: Path, start: bytes) -> Rows:
         for table in tables:
             for values in table.to_pylist():
                 row += 1
-                yield row, without_nulls(values)
+                yield row, plain(values)
     except (pyarrow.ArrowException, OSError) as error:
         yield row + 1, RowError("BROKEN_FILE", f"cannot be read from here on: {error}")
 
 
-def without_nulls(value: Any) -> Any:
-    """A column type has every key of every row, so a key that a row never had comes back as null."""
+def plain(value: Any) -> Any:
+    """A table's value as JSON would have it: text where JSON lacks the type (a date, say), and no keys of null.
+
+    A column has every key of every row, so a key that a row never had comes back as null.
+    """
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)
 
 
-def _parse_line(raw: bytes, file: BinaryIO) -> dict[str, Any]:
-    if len(raw) > MAX_LINE_BYTES:
-        while raw and not raw.endswith(b"\n"):
-            raw = file.readline(MAX_LINE_BYTES)
-        raise RowError("LINE_TOO_LONG", f"the line has more than {MAX_LINE_BYTES} bytes")
+def _parse_line(raw: bytes) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerFast
 
+from dataset.augment import SystemPrompts
 from dataset.demo import write_demo
+from dataset.draw import DrawnRows, EpochDraw
 from dataset.packing import plan_rows
 from dataset.prepare import DataOptions, prepare, shuffled, split
 from dataset.reader import DataError
@@ -22,6 +24,25 @@ from dataset.sources import find_sources
 from dataset.store import JoinedStore
 
 DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What a run is trained and validated on; the fields are flags of the trainer."""
+
+    data_path: str
+    val_data_path: str | None = None
+    val_fraction: float = 0.0
+    seed: int = 42
+    packing: bool = True
+    repack: bool = False
+    files_per_epoch: int | None = None
+    file_fraction: float = 1.0
+    system_prompts: str | None = None
+    system_prompt_ratio: float = 0.2
+    cache_dir: str = ".cache/tokens"
+    tokenize_workers: int | None = None
+    options: DataOptions = field(default_factory=DataOptions)
 
 
 @dataclass(frozen=True)
@@ -36,14 +57,8 @@ class RunData:
 
 
 def load_rows(
-    data_path: str,
-    val_data_path: str | None,
-    val_fraction: float,
-    seed: int,
+    request: DataRequest,
     tokenizer: PreTrainedTokenizerFast,
-    options: DataOptions,
-    packing: bool,
-    cache_dir: Path,
     owner: bool,
     echo: Callable[[str], None],
     rejects_file: Path | None = None,
@@ -52,16 +67,29 @@ def load_rows(
 
     Raises DataError with the defects of all files, after they are written to `rejects_file`, one JSON object per line.
     """
+    data_path, val_data_path = request.data_path, request.val_data_path
     if data_path == DEMO:
-        train_path, held_out_path = write_demo(cache_dir / DEMO)
-        data_path, val_data_path = str(train_path), val_data_path or (None if val_fraction else str(held_out_path))
+        train_path, held_out_path = write_demo(Path(request.cache_dir) / DEMO)
+        data_path = str(train_path)
+        val_data_path = val_data_path or (None if request.val_fraction else str(held_out_path))
     sources, val_sources = find_sources(data_path), find_sources(val_data_path) if val_data_path else []
     if any(source.weight != 1 for source in val_sources):
         raise ValueError(f"--val_data_path {val_data_path}: every held-out sample counts once, so it takes no weights")
+    if request.files_per_epoch is not None and request.files_per_epoch > len(sources):
+        raise ValueError(f"--files_per_epoch {request.files_per_epoch}: --data_path names only {len(sources)}")
+    options = request.options
+    if request.system_prompts:
+        prompts = SystemPrompts.from_file(request.system_prompts, request.system_prompt_ratio, request.seed)
+        options = replace(options, system_prompts=prompts)
     stores, defects = [], []
-    for source in [*sources, *val_sources]:
+    for source, wanted in [*((each, options) for each in sources), *((each, request.options) for each in val_sources)]:
         try:
-            stores.append(prepare(source.path, tokenizer, options, cache_dir, owner, echo))
+            stores.append(
+                prepare(
+                    source.path, tokenizer, wanted, request.cache_dir, owner, echo,
+                    processes=request.tokenize_workers,
+                )
+            )  # fmt: skip
         except DataError as error:
             defects += error.defects
     if defects:
@@ -69,25 +97,33 @@ def load_rows(
             defects, write_rejects(rejects_file, [asdict(each) for each in defects]) if rejects_file else None
         )
 
-    def pack(store: JoinedStore, samples: np.ndarray) -> PackedRows:
-        return PackedRows(store, plan_rows(store.lengths[samples], options.max_seq_len, packing), samples)
-
-    store, weights = JoinedStore(stores[: len(sources)]), [source.weight for source in sources]
-    if val_fraction:
-        kept, held_out = split(store.num_samples, val_fraction, seed)
-        train, val = pack(store, _weigh(store, kept, weights, seed)), pack(store, held_out)
-    else:
-        train = pack(store, _weigh(store, np.arange(store.num_samples), weights, seed))
-        val_store = JoinedStore(stores[len(sources) :])
-        val = pack(val_store, np.arange(val_store.num_samples)) if val_sources else None
+    store, val_store = JoinedStore(stores[: len(sources)]), JoinedStore(stores[len(sources) :])
+    kept, held_out = np.arange(store.num_samples), np.arange(val_store.num_samples)
+    if request.val_fraction:
+        kept, held_out = split(store.num_samples, request.val_fraction, request.seed)
+        val_store = store
+    draw = EpochDraw(
+        _weigh(store, kept, [source.weight for source in sources], request.seed), store.lengths,
+        request.options.max_seq_len, request.packing, request.repack, request.files_per_epoch, request.file_fraction,
+        request.seed,
+    )  # fmt: skip
+    train = DrawnRows(store, draw)
+    val = None
+    if len(held_out):
+        plan = plan_rows(val_store.lengths[held_out], request.options.max_seq_len, request.packing)
+        val = PackedRows(val_store, plan, held_out)
     for role, rows in (("train", train), ("held out", val)):
         if rows:
             full = f"{rows.plan.efficiency:.1%} full"
-            echo(f"{role}: {len(rows.samples)} samples in {len(rows)} rows of {options.max_seq_len} tokens, {full}")
+            each = " in the first epoch" if draw.varies and rows is train else ""
+            echo(
+                f"{role}: {len(rows.samples)} samples in {len(rows)} rows of {request.options.max_seq_len} tokens, "
+                f"{full}{each}"
+            )
     report = {"train": _ledger(train), "held_out": _ledger(val) if val else None}
-    selection = hashlib.sha256(train.samples.astype("<i8").tobytes()).hexdigest()
+    selection = hashlib.sha256(f"{draw.fingerprint} {train.plan.fingerprint}".encode()).hexdigest()
     identity = {
-        "data": f"{store.fingerprint[:16]}/{train.plan.fingerprint[:16]}/{selection[:16]}",
+        "data": f"{store.fingerprint[:16]}/{selection[:16]}",
         "template": f"{stores[0].tokenizer_fingerprint[:16]}/{stores[0].template_fingerprint[:16]}",
     }
     rejects = [{"path": each.source, **reject} for each in stores for reject in each.report["rejects"]]
@@ -125,18 +161,17 @@ def make_loader(
     )
 
 
-def _weigh(store: JoinedStore, samples: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
-    """Sample numbers with each source's share: weight 2.5 is every sample twice and half of them once more."""
+def _weigh(store: JoinedStore, samples: np.ndarray, weights: list[float], seed: int) -> list[np.ndarray]:
+    """Sample numbers of each source with its share: weight 2.5 is every sample twice and half of them once more."""
     chosen = []
     for start, end, weight in zip(store.starts, store.starts[1:], weights, strict=False):
         part = samples[(start <= samples) & (samples < end)]
         more = round((weight % 1) * len(part))
         extra = part[shuffled(len(part), f"weights {seed}")[:more]]
         chosen.append(np.sort(np.concatenate([np.repeat(part, int(weight)), extra])))
-    numbers = np.concatenate(chosen)
-    if not len(numbers):
+    if not sum(map(len, chosen)):
         raise ValueError(f"--data_path: with the weights {weights} no sample is left to train")
-    return numbers
+    return chosen
 
 
 def _ledger(rows: PackedRows) -> dict[str, Any]:
@@ -157,5 +192,6 @@ def _ledger(rows: PackedRows) -> dict[str, Any]:
             "rows": len(rows),
             "samples_per_row": len(rows.samples) / len(rows),
             "efficiency": rows.plan.efficiency,
+            "padding_share": 1 - rows.plan.efficiency,
         },
     }

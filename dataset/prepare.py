@@ -6,7 +6,6 @@ out, a process group.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -18,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from dataset import store
+from dataset.augment import SystemPrompts
 from dataset.chat import TRAIN_ON, ChatRenderer, Sample
-from dataset.files import OF_THE_FILE, RowError
+from dataset.files import OF_THE_FILE, RowError, read_raw_rows
 from dataset.layouts import LAYOUTS, Fields
-from dataset.reader import Conversation, DataError, Defect, detect_layout, read_conversations
+from dataset.reader import DataError, Defect, detect_layout
+from dataset.tokenise import Outcomes, Tokeniser, available_cores, in_blocks, map_in_order
 
-VERSION = 2  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
-BLOCK_ROWS = 512
+VERSION = 3  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
 POLL_SECONDS = 0.2
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 OVERLONG = ("error", "drop", "truncate")
@@ -46,6 +47,7 @@ class DataOptions:
     bad_rows: str = "error"
     data_format: str = "auto"
     train_on: str = "assistant"
+    system_prompts: SystemPrompts | None = None
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -125,8 +127,9 @@ def prepare(
     owner: bool = True,
     echo: Callable[[str], None] = print,
     timeout_seconds: float | None = None,
+    processes: int | None = None,
 ) -> store.TokenStore:
-    """Returns the token store of a data file, which the owner builds if there is none yet.
+    """Returns the token store of a data file, which the owner builds if there is none yet, on all cores or `processes`.
 
     Several owners at once do no harm: the first to finish publishes. A process that is no owner waits, and raises
     TimeoutError after timeout_seconds. Raises DataError with all defects when the data cannot be trained as asked.
@@ -143,7 +146,7 @@ def prepare(
         if directory.exists():
             echo(f"{directory}: damaged, made anew")
             shutil.rmtree(directory)
-        _build(path, tokenizer, options, directory, fingerprints, echo)
+        _build(path, tokenizer, options, directory, fingerprints, echo, processes or available_cores())
     return store.TokenStore(directory, source=str(path))
 
 
@@ -212,13 +215,19 @@ def _build(
     directory: Path,
     fingerprints: dict[str, str],
     echo: Callable[[str], None],
+    processes: int,
 ) -> None:
     layout = detect_layout(path, options.fields(), options.data_format)
     started, ledger = time.monotonic(), Ledger()
     echo(f"{path}: read as {LAYOUTS[layout].spoken}")
-    with store.StoreWriter(directory, len(tokenizer)) as writer:
-        for line, sample in _samples(path, ChatRenderer(tokenizer, options.train_on), options, ledger):
-            writer.add(sample.ids, sample.supervised, line)
+    tokeniser = Tokeniser(ChatRenderer(tokenizer, options.train_on), layout, options.fields(), options.system_prompts)
+    store.sweep(directory.parent)
+    bar = tqdm(desc=path.name, unit=" rows", disable=None, leave=False)  # None: only on a terminal
+    with bar, store.StoreWriter(directory, len(tokenizer)) as writer:
+        for outcomes in map_in_order(tokeniser, in_blocks(read_raw_rows(path)), processes):
+            for line, sample in _kept(outcomes, str(path), options, ledger):
+                writer.add(sample.ids, sample.supervised, line)
+            bar.update(len(outcomes))
         if not ledger.lengths:
             ledger.fatal = ledger.rejected
         if ledger.fatal:
@@ -250,31 +259,25 @@ def _build(
         echo(f"{path}: {count} rows spell {token} in their text, where it stays text")
 
 
-def _samples(path: Path, renderer: ChatRenderer, options: DataOptions, ledger: Ledger) -> Iterator[tuple[int, Sample]]:
+def _kept(outcomes: Outcomes, path: str, options: DataOptions, ledger: Ledger) -> Iterator[tuple[int, Sample]]:
     """Yields (line, sample) for each row that is kept; the ledger learns what became of all of them."""
-    rows = read_conversations(path, options.fields(), options.data_format)
-    while block := list(itertools.islice(rows, BLOCK_ROWS)):
-        rendered = iter(renderer.render_batch([row for row in block if isinstance(row, Conversation)]))
-        for row in block:
-            ledger.read += 1
-            try:
-                if isinstance(row, Defect):
-                    raise RowError(row.code, row.message)
-                outcome = next(rendered)
-                if isinstance(outcome, RowError):
-                    raise outcome
-                fitting = [(_fit(sample, options), len(sample.ids)) for sample in outcome]
-            except RowError as error:
-                defect = Defect(str(path), row.line, error.code, str(error))
-                ledger.rejected.append(defect)
-                lenient = options.overlong if error.code == "OVERLONG" else options.bad_rows
-                if lenient == "error" or error.code in OF_THE_FILE:
-                    ledger.fatal.append(defect)
-                continue
-            ledger.kept += 1
-            for sample, length in fitting:
-                ledger.count(sample, length)
-                yield row.line, sample
+    for line, outcome in outcomes:
+        ledger.read += 1
+        try:
+            if isinstance(outcome, RowError):
+                raise outcome
+            fitting = [(_fit(sample, options), len(sample.ids)) for sample in outcome]
+        except RowError as error:
+            defect = Defect(path, line, error.code, str(error))
+            ledger.rejected.append(defect)
+            lenient = options.overlong if error.code == "OVERLONG" else options.bad_rows
+            if lenient == "error" or error.code in OF_THE_FILE:
+                ledger.fatal.append(defect)
+            continue
+        ledger.kept += 1
+        for sample, length in fitting:
+            ledger.count(sample, length)
+            yield line, sample
 
 
 def _fit(sample: Sample, options: DataOptions) -> Sample:

@@ -80,14 +80,15 @@ def read_conversations(path: Path, fields: Fields, layout: str = "auto") -> Iter
     layout = detect_layout(path, fields, layout)
     for line, row in read_rows(path):
         try:
-            if isinstance(row, RowError):
-                raise row
-            yield _conversation(line, row, layout, fields)
+            yield parse_conversation(line, row, layout, fields)
         except RowError as error:
             yield Defect(str(path), line, error.code, str(error))
 
 
-def _conversation(line: int, row: dict[str, Any], layout: str, fields: Fields) -> Conversation:
+def parse_conversation(line: int, row: dict[str, Any] | RowError, layout: str, fields: Fields) -> Conversation:
+    """The conversation of a row in a layout; raises RowError where it holds none that can be trained."""
+    if isinstance(row, RowError):
+        raise row
     if layout == "text":
         whole = text(row, "text", "the row")
         if not whole.strip():

@@ -4,11 +4,13 @@ A store is a directory of raw little-endian arrays and `meta.json`. It is writte
 when it is complete, so a directory with its final name is a whole store; a killed writer leaves nothing that counts.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,15 @@ def is_published(directory: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+def sweep(cache_dir: Path, older_than_seconds: float = 24 * 3600) -> None:
+    """Deletes what killed writers left, once nothing in it has been written for a day."""
+    for directory in cache_dir.glob(".tmp-*"):
+        with contextlib.suppress(OSError):  # another process may sweep too
+            newest = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
+            if time.time() - newest > older_than_seconds:
+                shutil.rmtree(directory)
 
 
 def _flush(file: Any) -> None:

@@ -22,14 +22,19 @@ def choose_tokenizer(tokenizer: str | None, from_weight: str) -> str:
     return tokenizer or (str(OWN_TOKENIZER) if from_weight == NEW else from_weight)
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
-    """Raises ValueError where there is no fast tokenizer."""
+def load_tokenizer(source: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer, with the template in the file `chat_template`; ValueError where there is no fast tokenizer."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer in {source} ({error}); name one with --tokenizer") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer in {source} has no tokenizer.json, which this kit needs")
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--chat_template {chat_template}: cannot be read: {error}") from None
     return tokenizer
 
 

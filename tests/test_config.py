@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config import ALLOWED_CHANGES, Config, ConfigError, interval_steps, make_config, parse_config, read_yaml
+from training.config import ALLOWED_CHANGES, Config, ConfigError, make_config, parse_config, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,10 +90,6 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
 def test_without_arguments_the_demo_is_trained():
     config, _ = parse_config([])
     assert config.data_path == "demo"
-
-
-def test_intervals_count_steps_or_epochs():
-    assert (interval_steps("25", 10), interval_steps("2epoch", 10)) == (25, 20)
 
 
 def test_every_flag_has_help_with_a_group():

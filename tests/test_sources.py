@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.load import load_rows
+from dataset.load import DataRequest, load_rows
 from dataset.prepare import DataOptions
 from dataset.reader import DataError
 from dataset.sources import Source, find_sources
@@ -63,11 +63,12 @@ def test_a_data_set_saved_by_datasets_is_read_from_its_shards(tmp_path, monkeypa
     assert len(load(tmp_path, str(tmp_path / "one")).train.samples) == 6
 
 
-def load(tmp_path: Path, data_path: str, val_fraction: float = 0.0, **options):
-    return load_rows(
-        data_path, None, val_fraction, 7, load_tokenizer(str(OWN_TOKENIZER)), DataOptions(**options),
-        True, tmp_path / "cache", owner=True, echo=lambda line: None, rejects_file=tmp_path / "rejects.jsonl",
-    )  # fmt: skip
+def load(tmp_path: Path, data_path: str, options: dict | None = None, **wanted):
+    request = DataRequest(
+        data_path, seed=7, cache_dir=str(tmp_path / "cache"), options=DataOptions(**options or {}), **wanted
+    )
+    tokenizer = load_tokenizer(str(OWN_TOKENIZER))
+    return load_rows(request, tokenizer, True, echo=lambda line: None, rejects_file=tmp_path / "rejects.jsonl")
 
 
 def trained(data) -> Counter:
@@ -101,7 +102,7 @@ def test_a_held_out_sample_is_not_trained_whatever_its_weight(tmp_path):
 
 def test_the_ledger_has_each_source_and_the_sums(tmp_path):
     a, b = write(tmp_path / "a.jsonl", 4, "a"), write(tmp_path / "b.jsonl", 6, "a", bad=2)
-    data = load(tmp_path, f"{a},{b}", bad_rows="skip")
+    data = load(tmp_path, f"{a},{b}", options={"bad_rows": "skip"})
     report = data.report["train"]
     assert [(s["path"], s["rows_read"], s["rows_kept"]) for s in report["sources"]] == [(str(a), 4, 4), (str(b), 8, 6)]
     assert (report["rows_read"], report["rows_kept"], report["rows_rejected"], report["samples"]) == (12, 10, 2, 10)
@@ -131,7 +132,7 @@ def test_what_cannot_be_counted_is_never_skipped(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('[{"prompt": "a", "completion": "b"}, {"prompt"')
     with pytest.raises(DataError, match="BROKEN_FILE"):
-        load(tmp_path, str(path), bad_rows="skip")
+        load(tmp_path, str(path), options={"bad_rows": "skip"})
 
 
 def test_duplicates_are_counted_and_kept(tmp_path):

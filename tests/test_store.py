@@ -202,7 +202,7 @@ def test_the_second_preparation_tokenises_nothing(tmp_path, tokenizer, monkeypat
     def forbidden(*_: Any) -> Iterator[Any]:
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(preparation, "_samples", forbidden)
+    monkeypatch.setattr(preparation, "map_in_order", forbidden)
     again = make(tmp_path, tokenizer, GOOD)
     assert (again.directory, again.fingerprint, again.report) == (first.directory, first.fingerprint, first.report)
     elsewhere = write(tmp_path / "moved.jsonl", GOOD)
@@ -334,13 +334,13 @@ def test_two_owners_and_two_waiting_processes_get_one_store(tmp_path, tokenizer)
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path / "rows.jsonl", GOOD)
-    real = preparation._samples
+    real = preparation.map_in_order
 
     def changing(*arguments: Any) -> Iterator[Any]:
         yield from real(*arguments)
         write(path, GOOD, GOOD)
 
-    monkeypatch.setattr(preparation, "_samples", changing)
+    monkeypatch.setattr(preparation, "map_in_order", changing)
     with pytest.raises(DataError, match="FILE_CHANGED"):
         prepare(path, tokenizer, OPTIONS, tmp_path / "cache")
     assert stores_in(tmp_path / "cache") == []

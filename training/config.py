@@ -34,6 +34,20 @@ DATA_FLAGS = (
     "data_format",
     "train_on",
 )
+REQUEST_FLAGS = (
+    "data_path",
+    "val_data_path",
+    "val_fraction",
+    "seed",
+    "packing",
+    "repack",
+    "files_per_epoch",
+    "file_fraction",
+    "system_prompts",
+    "system_prompt_ratio",
+    "cache_dir",
+    "tokenize_workers",
+)
 LOADING_FLAGS = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
 
 
@@ -73,14 +87,20 @@ class Config:
     val_fraction: float = flag(0.0, "share of --data_path held out for validation", group="data", minimum=0, maximum=0.5)
     data_format: str = flag("auto", "layout of the rows", group="data", choices=("auto", "messages", "sharegpt", "conversations", "alpaca", "prompt", "text", "fields"))
     train_on: str = flag("assistant", "what is trained: assistant turns, the last one, those that say so, all tokens", group="data", choices=("assistant", "last", "marked", "all"))
+    system_prompts: str | None = flag(None, "file of system prompts, one per line, for conversations without one", group="data")
+    system_prompt_ratio: float = flag(0.2, "share of those conversations that get one", group="data", above=0, maximum=1)
     prompt_field: str | None = flag(None, "name of the prompt field in rows without messages", group="data")
     response_field: str | None = flag(None, "name of the answer field in rows without messages", group="data")
     system_field: str | None = flag(None, "name of the system prompt field in rows without messages", group="data")
     max_seq_len: int = flag(1024, "tokens of a row; several samples are packed into one", group="data", minimum=2)
     packing: bool = flag(True, "lay samples end to end in rows; 0 = one sample per row (no row is ever padded)", group="data")
+    repack: bool = flag(False, "lay the samples into rows afresh in each epoch", group="data")
+    files_per_epoch: int | None = flag(None, "files that an epoch draws from those of --data_path (default: all)", group="data", minimum=1)
+    file_fraction: float = flag(1.0, "share of each file's samples that an epoch draws", group="data", above=0, maximum=1)
     overlong: str = flag("error", "what to do with a sample longer than a row", group="data", choices=("error", "drop", "truncate"))
     bad_rows: str = flag("error", "what to do with a row that cannot be trained", group="data", choices=("error", "skip"))
     cache_dir: str = flag(".cache/tokens", "directory of the tokenised data", group="data")
+    tokenize_workers: int | None = flag(None, "processes that tokenise (default: one per core)", group="data", minimum=1)
     num_workers: int = flag(0, "processes that load batches, per rank (results do not depend on it)", group="data", minimum=0)
     pin_memory: bool = flag(True, "page-locked host memory for batches on CUDA", group="data")
     prefetch_factor: int = flag(2, "batches that each worker loads ahead", group="data", minimum=1)
@@ -88,6 +108,7 @@ class Config:
 
     from_weight: str = flag("none", "weights to start from: a directory in Hugging Face layout, a Hub id, or none", group="model")
     tokenizer: str | None = flag(None, "tokenizer directory or Hub id (default: that of --from_weight, else model/tokenizer)", group="model")
+    chat_template: str | None = flag(None, "file with a Jinja chat template, instead of the tokenizer's own", group="model")
     hidden_size: int | None = flag(None, "width of the model, default 512", group="model", minimum=1)
     num_hidden_layers: int | None = flag(None, "layers, default 8", group="model", minimum=1)
     num_attention_heads: int | None = flag(None, "attention heads, default 8", group="model", minimum=1)
@@ -188,6 +209,11 @@ class Config:
         return {name: getattr(self, name) for name in DATA_FLAGS}
 
     @property
+    def data_request(self) -> dict[str, Any]:
+        """Which data a run wants."""
+        return {name: getattr(self, name) for name in REQUEST_FLAGS}
+
+    @property
     def loading(self) -> dict[str, Any]:
         """How batches are loaded; none of it changes a result."""
         return {name: getattr(self, name) for name in LOADING_FLAGS}
@@ -200,12 +226,6 @@ class Config:
         import yaml
 
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-
-
-def interval_steps(interval: str, steps_per_epoch: int) -> int:
-    """Steps of an interval written `N` or `Nepoch`."""
-    count = int(interval.removesuffix("epoch"))
-    return count * steps_per_epoch if interval.endswith("epoch") else count
 
 
 def _types() -> dict[str, tuple[type, bool]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from training.config import Config, interval_steps
+from training.config import Config
 from training.schedules import lr_factor, warmup_steps_of
 from training.state import LoopState
 
@@ -15,41 +15,59 @@ from training.state import LoopState
 class Plan:
     """Counted in rows and steps over all ranks; how ranks and micro-batches share a step changes nothing here."""
 
-    num_rows: int  # rows of an epoch
+    rows_of: Callable[[int], int]  # rows of each epoch
     window_rows: int  # rows of a step
-    steps_per_epoch: int
     total_steps: int
     extra_steps: int  # steps done beyond what the position in the data takes at this window size, see make_plan
-    log_steps: int
-    eval_steps: int
-    save_steps: int
+    log_interval: str
+    eval_interval: str
+    save_interval: str
     lr: Callable[[int], float]
+
+    def steps_of(self, epoch: int) -> int:
+        return -(-self.rows_of(epoch) // self.window_rows)
 
     @property
     def epochs(self) -> int:
-        return -(-(self.total_steps - self.extra_steps) // self.steps_per_epoch)
+        """Epochs that the run begins."""
+        epochs, left = 0, self.total_steps - self.extra_steps
+        while left > 0:
+            left -= self.steps_of(epochs)
+            epochs += 1
+        return epochs
 
-    def due(self, step: int, interval: int) -> bool:
-        """Whether what happens every `interval` steps, and at the end of the run, happens after `step`."""
-        return (step - self.extra_steps) % interval == 0 or step == self.total_steps
+    def ends_epoch(self, state: LoopState) -> bool:
+        return state.rows == self.rows_of(state.epoch)
+
+    def due(self, state: LoopState, interval: str) -> bool:
+        """Whether what happens every `N` steps or `Nepoch`, and at the end of the run, happens now."""
+        if state.step == self.total_steps:
+            return True
+        if interval.endswith("epoch"):  # after a step, the start of an epoch is the end of the one before
+            done = state.epoch + self.ends_epoch(state)
+            return (self.ends_epoch(state) or state.rows == 0) and done % int(interval.removesuffix("epoch")) == 0
+        return state.step % int(interval) == 0
 
     def epochs_done(self, state: LoopState) -> float:
-        return state.epoch + state.rows / self.num_rows
+        return state.epoch + state.rows / self.rows_of(state.epoch)
 
 
-def make_plan(config: Config, num_rows: int, window_rows: int, state: LoopState) -> Plan:
+def make_plan(config: Config, rows_of: Callable[[int], int], window_rows: int, state: LoopState) -> Plan:
     """The plan from the position in `state` on.
 
     Step and position agree unless the rows of a step have changed on the way. Then `extra_steps` is the difference: a
     run counted in epochs has as many steps left as its rows need, and its learning rate goes on from the same share of
     them; a run counted in steps goes on counting.
     """
-    steps_per_epoch = -(-num_rows // window_rows)
-    left_in_epoch = -(-(num_rows - state.rows) // window_rows)
-    extra_steps = state.step - ((state.epoch + 1) * steps_per_epoch - left_in_epoch)
+
+    def steps(rows: int) -> int:
+        return -(-rows // window_rows)
+
+    steps_to_epoch_end = sum(steps(rows_of(epoch)) for epoch in range(state.epoch + 1))
+    extra_steps = state.step - (steps_to_epoch_end - steps(rows_of(state.epoch) - state.rows))
     length, lr_shift = config.max_steps, 0
     if length is None:
-        length, lr_shift = config.epochs * steps_per_epoch, extra_steps
+        length, lr_shift = sum(steps(rows_of(epoch)) for epoch in range(config.epochs)), extra_steps
     warmup = warmup_steps_of(config.warmup_steps, config.warmup_ratio, length)
 
     def lr(step: int) -> float:
@@ -59,14 +77,13 @@ def make_plan(config: Config, num_rows: int, window_rows: int, state: LoopState)
         return config.learning_rate * factor
 
     return Plan(
-        num_rows=num_rows,
+        rows_of=rows_of,
         window_rows=window_rows,
-        steps_per_epoch=steps_per_epoch,
         total_steps=length + lr_shift,
         extra_steps=extra_steps,
-        log_steps=interval_steps(config.log_interval, steps_per_epoch),
-        eval_steps=interval_steps(config.eval_interval, steps_per_epoch),
-        save_steps=interval_steps(config.save_interval, steps_per_epoch),
+        log_interval=config.log_interval,
+        eval_interval=config.eval_interval,
+        save_interval=config.save_interval,
         lr=lr,
     )
 

@@ -160,7 +160,7 @@ class RunRecords:
             done = body * rates["train/tokens_per_second"] + head * rates["train/supervised_tokens_per_second"]
             rates["train/mfu"] = done / self.peak_flops
         eta = (plan.total_steps - state.step) * rates["train/seconds_per_step"]
-        epoch_eta = -(-(plan.num_rows - state.rows) // plan.window_rows) * rates["train/seconds_per_step"]
+        epoch_eta = -(-(plan.rows_of(state.epoch) - state.rows) // plan.window_rows) * rates["train/seconds_per_step"]
         epoch_eta = min(epoch_eta, eta)
         counts: dict[str, float] = {"train/tokens": state.tokens, "train/supervised_tokens": state.supervised_tokens}
         counts |= {"train/epoch": plan.epochs_done(state), "train/overflows": state.overflows}
@@ -186,7 +186,7 @@ class RunRecords:
         if self.is_main:
             self.metrics.write(
                 "epoch", state.step, epoch=state.epoch + 1, stage=0, mini_epoch=state.epoch + 1,
-                complete=state.rows == plan.num_rows,
+                complete=plan.ends_epoch(state),
                 train_loss=values.get("train/loss"), train_accuracy=values.get("train/token_accuracy"),
                 val_loss=values.get("eval/loss"), val_accuracy=values.get("eval/token_accuracy"),
                 learning_rate=values["train/learning_rate"], time_per_epoch=meter.epoch_seconds(),

@@ -1,0 +1,175 @@
+"""Shows what a run would train on: samples with their loss mask, lengths and the ledger, before anything is trained.
+
+    python -m scripts.inspect_data --data_path train.jsonl --samples 3
+    python -m scripts.inspect_data --config run.yaml --html samples.html --histogram lengths.png
+
+All data flags of the trainer mean here what they mean there, so that what is shown is what will be trained.
+"""
+
+import argparse
+import html
+import sys
+from pathlib import Path
+from typing import Any
+
+from training.config import config_from_command_line
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+h2 {{ font-size: 1rem; margin: 2rem 0 .4rem; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem; border: 1px solid #8886; border-radius: 6px; }}
+mark {{ background: #3fb95055; color: inherit; border-radius: 2px; }}
+small {{ color: #888; }}
+</style></head><body><h1>{title}</h1><p>Supervised tokens are <mark>marked</mark>.</p>
+{body}
+</body></html>
+"""
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.inspect_data", description=__doc__.split(":")[0] + ".", allow_abbrev=False,
+        epilog="All other flags are those of the trainer: python train_full_sft.py --help",
+    )  # fmt: skip
+    parser.add_argument(
+        "--samples", metavar="N", type=int, default=5, help="samples to show, spread evenly (default 5)"
+    )
+    parser.add_argument("--line", metavar="N", type=int, help="show the samples of this line of the file instead")
+    parser.add_argument("--ids", action="store_true", help="also list every token: id, + where it is trained, text")
+    parser.add_argument(
+        "--html", metavar="FILE", type=Path, help="write the samples as a page instead of to the screen"
+    )
+    parser.add_argument("--histogram", metavar="FILE", type=Path, help="write a histogram of the sample lengths (PNG)")
+    return parser.parse_known_args(argv)
+
+
+def chosen_samples(rows: Any, count: int, line: int | None) -> list[int]:
+    """Sample numbers to show; ValueError where the line gave no sample."""
+    samples = sorted(set(rows.samples.tolist()))
+    if line is None:
+        count = max(0, min(count, len(samples)))
+        return [samples[index * len(samples) // count] for index in range(count)]
+    found = [sample for sample in samples if rows.store.where(sample).endswith(f":{line}")]
+    if not found:
+        raise ValueError(
+            f"--line {line}: no sample was made from it; the ledger and rejects.jsonl say what became of it"
+        )
+    return found
+
+
+def runs_of(ids: Any, supervised: Any, tokenizer: Any) -> list[tuple[str, bool]]:
+    """A sample as (text, supervised) stretches."""
+    import numpy as np
+
+    cuts = np.flatnonzero(np.diff(supervised.astype(np.int8))) + 1
+    runs = zip(np.split(ids, cuts), np.split(supervised, cuts), strict=True)
+    return [(tokenizer.decode(run.tolist(), clean_up_tokenization_spaces=False), bool(mask[0])) for run, mask in runs]
+
+
+def token_lines(ids: Any, supervised: Any, tokenizer: Any) -> str:
+    pairs = zip(ids.tolist(), supervised.tolist(), strict=True)
+    return "\n".join(f"{token:>7} {'+' if trained else ' '} {tokenizer.decode([token])!r}" for token, trained in pairs)
+
+
+def page(rows: Any, samples: list[int], tokenizer: Any, with_ids: bool) -> str:
+    """The samples as one page without scripts; their text is escaped."""
+    parts = []
+    for sample in samples:
+        ids, supervised = rows.store.tokens(sample)
+        stretches = runs_of(ids, supervised, tokenizer)
+        body = "".join(f"<mark>{html.escape(t)}</mark>" if trained else html.escape(t) for t, trained in stretches)
+        counts = f"{len(ids)} tokens, {int(supervised[1:].sum())} supervised"
+        parts.append(f"<h2>{html.escape(rows.store.where(sample))} <small>{counts}</small></h2>\n<pre>{body}</pre>")
+        if with_ids:
+            listed = html.escape(token_lines(ids, supervised, tokenizer))
+            parts.append(f"<details><summary>tokens</summary><pre>{listed}</pre></details>")
+    return PAGE.format(title="Training samples", body="\n".join(parts))
+
+
+def draw_lengths(rows: Any, max_seq_len: int, path: Path) -> None:
+    """Histogram of the tokens per sample, with the median and the length of a row."""
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lengths = rows.store.lengths[rows.samples]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.hist(lengths, bins=np.linspace(0, lengths.max() + 1, 61), color="#4c72b0")
+    axes.axvline(np.median(lengths), color="#dd8452", label=f"median {int(np.median(lengths))}")
+    if max_seq_len <= 1.5 * lengths.max():
+        axes.axvline(max_seq_len, color="#c44e52", linestyle="--", label=f"row {max_seq_len}")
+    axes.set(xlabel="tokens of a sample", ylabel="samples", title=f"{len(lengths):,} samples, {lengths.sum():,} tokens")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def print_ledger(report: dict[str, Any]) -> None:
+    shown = [(name, value) for name, value in report.items() if isinstance(value, (int, float))]
+    shown += [(f"packing {name}", value) for name, value in report["packing"].items()]
+    for source in report["sources"]:
+        quantiles = ", ".join(f"{name} {value}" for name, value in source["length_quantiles"].items())
+        rejected = ", ".join(f"{count} {code}" for code, count in source["rejected_by_code"].items()) or "none"
+        print(f"{source['path']}: tokens per sample {quantiles}; rejected: {rejected}")
+    for name, value in shown:
+        print(
+            f"{name.replace('_', ' '):24} {value:,.4g}"
+            if isinstance(value, float)
+            else f"{name.replace('_', ' '):24} {value:,}"
+        )
+
+
+def inspect(options: argparse.Namespace, config: Any) -> None:
+    from dataset.chat import show
+    from dataset.load import DataRequest, load_rows
+    from dataset.prepare import DataOptions
+    from model.choose import choose_tokenizer, load_tokenizer, weights_source
+
+    tokenizer = load_tokenizer(
+        choose_tokenizer(config.tokenizer, weights_source(config.from_weight)), config.chat_template
+    )
+    data = load_rows(
+        DataRequest(**config.data_request, options=DataOptions(**config.data_options)), tokenizer, owner=True,
+        echo=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    rows = data.train
+    samples = chosen_samples(rows, options.samples, options.line)
+    if options.html:
+        options.html.write_text(page(rows, samples, tokenizer, options.ids), encoding="utf-8")
+        print(f"samples: {options.html}")
+    else:
+        for sample in samples:
+            ids, supervised = rows.store.tokens(sample)
+            print(f"--- {rows.store.where(sample)}: {len(ids)} tokens, {int(supervised[1:].sum())} supervised")
+            print(show(ids, supervised, tokenizer))
+            if options.ids:
+                print(token_lines(ids, supervised, tokenizer))
+    if options.histogram:
+        draw_lengths(rows, config.max_seq_len, options.histogram)
+        print(f"lengths: {options.histogram}")
+    print_ledger(data.report["train"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    options, rest = parse(argv)
+    config = config_from_command_line(rest)
+    try:
+        inspect(options, config)
+    except (ValueError, OSError) as error:
+        from dataset.reader import DataError
+
+        print(f"error: {error}", file=sys.stderr)
+        return 65 if isinstance(error, DataError) else 2 if isinstance(error, ValueError) else 74
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
