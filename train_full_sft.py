@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from dataset.chat import show
+from dataset.ledger import report_lines
 from dataset.load import DataRequest, load_rows, make_loader, write_rejects
 from dataset.prepare import DataOptions
 from dataset.reader import DataError
@@ -306,6 +307,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     if state.rows >= data.train.rows_of(state.epoch):  # only where other data was allowed
         state.next_epoch()
     plan = make_plan(config, data.train.rows_of, window_rows, state)
+    data.report["train"]["packing"]["steps_per_epoch"] = plan.steps_of(0)
     identity = {**data.identity, **identity_of(config, dtype, window_rows, describe_model(model))}
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
@@ -336,6 +338,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     shares = f"{processes.world_size} processes x {micro_batches} micro-batches x at most {config.batch_size}"
     logger.info("%d steps of %d rows (%s), %s on %s", plan.total_steps, window_rows, shares, dtype, processes.device)
     if config.dry_run:
+        logger.info("\n%s", "\n".join(report_lines(data.report["train"])))
         return rehearse(learner, loader, micro_batches, plan, tokenizer)
 
     # 7. Records

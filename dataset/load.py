@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from dataset.augment import SystemPrompts
 from dataset.demo import write_demo
 from dataset.draw import DrawnRows, EpochDraw
+from dataset.ledger import report_of
 from dataset.packing import plan_rows
 from dataset.prepare import DataOptions, prepare, shuffled, split
 from dataset.reader import DataError
@@ -120,7 +120,7 @@ def load_rows(
                 f"{role}: {len(rows.samples)} samples in {len(rows)} rows of {request.options.max_seq_len} tokens, "
                 f"{full}{each}"
             )
-    report = {"train": _ledger(train), "held_out": _ledger(val) if val else None}
+    report = {"train": report_of(train), "held_out": report_of(val) if val else None}
     selection = hashlib.sha256(f"{draw.fingerprint} {train.plan.fingerprint}".encode()).hexdigest()
     identity = {
         "data": f"{store.fingerprint[:16]}/{selection[:16]}",
@@ -172,26 +172,3 @@ def _weigh(store: JoinedStore, samples: np.ndarray, weights: list[float], seed: 
     if not sum(map(len, chosen)):
         raise ValueError(f"--data_path: with the weights {weights} no sample is left to train")
     return chosen
-
-
-def _ledger(rows: PackedRows) -> dict[str, Any]:
-    """The reports of the sources, the sums of their counts, and what became of the samples."""
-    assert isinstance(rows.store, JoinedStore)
-    reports = [{k: v for k, v in store.report.items() if k != "rejects"} for store in rows.store.stores]
-    totals: Counter[str] = Counter()
-    for report in reports:
-        totals.update({key: value for key, value in report.items() if isinstance(value, int)})
-    tokens = int(rows.store.lengths[rows.samples].sum())
-    return {
-        **totals,
-        "supervised_share": totals["supervised_tokens"] / totals["tokens"],
-        "sources": reports,
-        "packing": {
-            "samples": len(rows.samples),
-            "tokens": tokens,
-            "rows": len(rows),
-            "samples_per_row": len(rows.samples) / len(rows),
-            "efficiency": rows.plan.efficiency,
-            "padding_share": 1 - rows.plan.efficiency,
-        },
-    }

@@ -10,9 +10,8 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,12 @@ from dataset.augment import SystemPrompts
 from dataset.chat import TRAIN_ON, ChatRenderer, Sample
 from dataset.files import OF_THE_FILE, RowError, read_raw_rows
 from dataset.layouts import LAYOUTS, Fields
+from dataset.ledger import Ledger
 from dataset.reader import DataError, Defect, detect_layout
 from dataset.tokenise import Outcomes, Tokeniser, available_cores, in_blocks, map_in_order
 
 VERSION = 3  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
 POLL_SECONDS = 0.2
-QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 OVERLONG = ("error", "drop", "truncate")
 BAD_ROWS = ("error", "skip")
 
@@ -63,60 +62,6 @@ class DataOptions:
 
     def fields(self) -> Fields:
         return Fields(self.prompt_field, self.response_field, self.system_field)
-
-
-@dataclass
-class Ledger:
-    """What became of every row of a file."""
-
-    rejected: list[Defect] = field(default_factory=list)
-    fatal: list[Defect] = field(default_factory=list)  # those of them that the options do not let pass
-    lengths: list[int] = field(default_factory=list)
-    spelled: Counter[str] = field(default_factory=Counter)
-    read: int = 0
-    kept: int = 0
-    duplicates: int = 0
-    seen: set[int] = field(default_factory=set)  # hashes of the samples so far
-    supervised_tokens: int = 0
-    truncated: int = 0
-    cut_tokens: int = 0
-
-    def count(self, sample: Sample, length: int) -> None:
-        """Take in a sample that is kept, which had `length` tokens before it was cut."""
-        self.truncated += len(sample.ids) < length
-        self.cut_tokens += length - len(sample.ids)
-        digest = hashlib.blake2b(sample.ids.tobytes(), digest_size=8).digest()
-        number = int.from_bytes(digest, "little")
-        self.duplicates += number in self.seen
-        self.seen.add(number)
-        self.spelled.update(sample.spelled)
-        self.lengths.append(len(sample.ids))
-        self.supervised_tokens += int(sample.supervised[1:].sum())
-
-    def report(self, layout: str) -> dict[str, Any]:
-        rejected, tokens = len(self.rejected), sum(self.lengths)
-        assert self.read == self.kept + rejected, (self.read, self.kept, rejected)
-        return {
-            "layout": layout,
-            "rows_read": self.read,
-            "rows_kept": self.kept,
-            "rows_rejected": rejected,
-            "rejected_by_code": dict(sorted(Counter(defect.code for defect in self.rejected).items())),
-            "rejects": [
-                {"line": defect.line, "code": defect.code, "message": defect.message} for defect in self.rejected
-            ],
-            "samples": len(self.lengths),
-            "duplicates": self.duplicates,
-            "samples_truncated": self.truncated,
-            "cut_tokens": self.cut_tokens,
-            "tokens": tokens,
-            "supervised_tokens": self.supervised_tokens,
-            "supervised_share": self.supervised_tokens / tokens,
-            "length_quantiles": {
-                name: int(np.quantile(self.lengths, share, method="nearest")) for name, share in QUANTILES.items()
-            },
-            "rows_spelling_control_tokens": dict(sorted(self.spelled.items())),
-        }
 
 
 def prepare(

@@ -112,23 +112,9 @@ def draw_lengths(rows: Any, max_seq_len: int, path: Path) -> None:
     pyplot.close(figure)
 
 
-def print_ledger(report: dict[str, Any]) -> None:
-    shown = [(name, value) for name, value in report.items() if isinstance(value, (int, float))]
-    shown += [(f"packing {name}", value) for name, value in report["packing"].items()]
-    for source in report["sources"]:
-        quantiles = ", ".join(f"{name} {value}" for name, value in source["length_quantiles"].items())
-        rejected = ", ".join(f"{count} {code}" for code, count in source["rejected_by_code"].items()) or "none"
-        print(f"{source['path']}: tokens per sample {quantiles}; rejected: {rejected}")
-    for name, value in shown:
-        print(
-            f"{name.replace('_', ' '):24} {value:,.4g}"
-            if isinstance(value, float)
-            else f"{name.replace('_', ' '):24} {value:,}"
-        )
-
-
 def inspect(options: argparse.Namespace, config: Any) -> None:
     from dataset.chat import show
+    from dataset.ledger import report_lines
     from dataset.load import DataRequest, load_rows
     from dataset.prepare import DataOptions
     from model.choose import choose_tokenizer, load_tokenizer, weights_source
@@ -155,7 +141,7 @@ def inspect(options: argparse.Namespace, config: Any) -> None:
     if options.histogram:
         draw_lengths(rows, config.max_seq_len, options.histogram)
         print(f"lengths: {options.histogram}")
-    print_ledger(data.report["train"])
+    print("\n".join(report_lines(data.report["train"])))
 
 
 def main(argv: list[str] | None = None) -> int:
