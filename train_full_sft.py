@@ -35,7 +35,15 @@ from dataset.prepare import DataOptions
 from dataset.reader import DataError
 from dataset.rows import FILLER, PackedRows, collate
 from model.card import model_card
-from model.choose import choose_model, choose_tokenizer, describe_model, load_tokenizer, shape_of, weights_source
+from model.choose import (
+    check_positions,
+    choose_model,
+    choose_tokenizer,
+    describe_model,
+    load_tokenizer,
+    shape_of,
+    weights_source,
+)
 from model.export import export_model
 from model.losses import make_sft_objective
 from trainer_utils import (
@@ -85,7 +93,7 @@ Batch = dict[str, Any]
 Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 EXIT_CODES = {DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
-EXIT_BUG, EXIT_PREEMPTED = 70, 75
+EXIT_BUG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 70, 75, 130
 
 
 @dataclass
@@ -263,19 +271,19 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     rank, local_rank, _ = environment_rank()
     setup_logging(rank)
 
-    # 1. Data, before the process group exists: tokenising a large file must not run into the group's timeout
+    # 1. The run's directory is ours, and data: before the process group exists, whose timeout tokenising would outlast
+    lock = lock_run(save_dir) if rank == 0 and not config.dry_run else None
     if rank == 0:
-        check_run_directory(save_dir, config.continues, config.overwrite)
+        check_run_directory(save_dir, config.from_resume, config.continues, config.overwrite)
     from_weight = weights_source(config.from_weight)
     tokenizer_source = choose_tokenizer(config.tokenizer, from_weight)
     tokenizer = load_tokenizer(tokenizer_source, config.chat_template)
     data = load_rows(
         DataRequest(**config.data_request, options=DataOptions(**config.data_options)), tokenizer,
-        owner=local_rank == 0, echo=logger.info, rejects_file=save_dir / "rejects.jsonl" if rank == 0 else None,
+        owner=local_rank == 0, echo=logger.info, rejects_file=save_dir / "rejects.jsonl" if lock else None,
     )  # fmt: skip
 
     # 2. Processes
-    lock = lock_run(save_dir) if rank == 0 and not config.dry_run else None
     processes = start_processes(config.device, config.group_timeout_seconds)
     if config.deterministic:
         use_deterministic_kernels()
@@ -284,6 +292,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
 
     # 3. Model
     model = choose_model(from_weight, config.shape, config.dropout, config.seed, len(tokenizer)).to(processes.device)
+    check_positions(model, data.train.store.lengths, config.max_seq_len)
     measure = objective or make_sft_objective()
     objective = objective or make_sft_objective(config.label_smoothing)
     filler = to_device(collate([data.train[FILLER]]), processes.device)
@@ -307,7 +316,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     if state.rows >= data.train.rows_of(state.epoch):  # only where other data was allowed
         state.next_epoch()
     plan = make_plan(config, data.train.rows_of, window_rows, state)
-    data.report["train"]["packing"]["steps_per_epoch"] = plan.steps_of(0)
+    data.report["train"]["steps_per_epoch"] = plan.steps_of(0)
     identity = {**data.identity, **identity_of(config, dtype, window_rows, describe_model(model))}
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
@@ -336,6 +345,11 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         )  # fmt: skip
         held_out = make_loader(data.held_out, SkipBatchSampler(in_order, config.batch_size), **config.loading)
     shares = f"{processes.world_size} processes x {micro_batches} micro-batches x at most {config.batch_size}"
+    if config.accumulation_steps not in (1, micro_batches):
+        logger.warning(
+            "--accumulation_steps %d gives way: a step has %d rows, %s",
+            config.accumulation_steps, window_rows, "as it had before" if checkpoint else "by --global_batch_size",
+        )  # fmt: skip
     logger.info("%d steps of %d rows (%s), %s on %s", plan.total_steps, window_rows, shares, dtype, processes.device)
     if config.dry_run:
         logger.info("\n%s", "\n".join(report_lines(data.report["train"])))
@@ -356,7 +370,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         "config": asdict(resolved),
     }
     if processes.is_main:
-        if config.overwrite:
+        if config.overwrite and not checkpoint:  # a restart by torchrun goes on with the run that has begun
             clear_run(save_dir)
         store.set_aside_newer(state.step, warn=logger.warning)
         write_rejects(save_dir / "rejects.jsonl", data.rejects)
@@ -440,6 +454,9 @@ def main(config: Config) -> int:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         logger.error("error: %s", error if environment_rank()[0] == 0 else first_line)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except KeyboardInterrupt:
+        logger.error("stopped by Ctrl-C before the first step")
+        return EXIT_INTERRUPTED
     except Exception:
         logger.exception("stopped by an error")
         return EXIT_BUG

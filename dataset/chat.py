@@ -94,8 +94,13 @@ class ChatRenderer:
         try:
             return [self._render_turns(conversation, trained)]
         except RowError as error:
-            if error.code != "UNSTABLE_TEMPLATE" or self._train_on == "all":
+            if error.code != "UNSTABLE_TEMPLATE":
                 raise
+            if self._train_on == "all":  # every token counts, wherever turns begin and end
+                messages, tools, spelled = self._hide_spelled(conversation.messages, conversation.tools)
+                whole = self._template.render(messages, tools)
+                self._refuse_escaped(whole, spelled)
+                return [RenderedChat([(whole, True)], spelled)]
             return [self._render_turns(conversation, [turn], alone=True) for turn in trained]
 
     def _trained_turns(self, conversation: Conversation) -> list[int]:
@@ -113,11 +118,11 @@ class ChatRenderer:
         `alone` cuts nowhere but at that one turn, so that a template may render earlier turns as it likes.
         """
         messages, tools, spelled = self._hide_spelled(conversation.messages, conversation.tools)
-        everything = self._train_on == "all"
-        messages = messages if everything else messages[: trained[-1] + 1]
+        if self._train_on != "all":
+            messages = messages[: trained[-1] + 1]
         whole = self._template.render(messages, tools)
         stretches = self._cut(messages, tools, whole, trained, cuts=trained if alone else None)
-        if everything:
+        if self._train_on == "all":
             rest = whole[sum(len(text) for text, _ in stretches) :]
             stretches = [(text, True) for text, _ in [*stretches, (rest, True)] if text]
         self._refuse_escaped(whole, spelled)

@@ -64,19 +64,27 @@ def read_raw_rows(path: Path) -> Iterator[tuple[int, RawRow]]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         yield last + 1, RowError("BROKEN_FILE", f"the gzip data end or break here: {error}")
     except OSError as error:
-        yield 0, RowError("NO_FILE", f"cannot be read: {error.strerror}")
+        yield 0, RowError("NO_FILE", f"cannot be read: {error.strerror or error}")
 
 
 def _rows_of(path: Path, file: BinaryIO, start: bytes) -> Iterator[tuple[int, RawRow]]:
-    if start.startswith(GZIP) or path.suffix == ".gz":
-        yield from _json_lines(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
-    elif start.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+    if start.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
         yield from _table_rows(path, start)
-    elif path.suffix == ".json" and file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        yield from _array_rows(path)
+        return
+    if start.startswith(GZIP) or path.suffix == ".gz":
+        file = gzip.GzipFile(fileobj=file)  # type: ignore[assignment]
+    if path.name.endswith((".json", ".json.gz")) and _begins_array(file):
+        yield from _array_rows(file)
     else:
-        file.seek(0)
         yield from _json_lines(file)
+
+
+def _begins_array(file: BinaryIO) -> bool:
+    begin = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+    while not begin and (more := file.read(1 << 16)):
+        begin = more.lstrip()
+    file.seek(0)
+    return begin.startswith(b"[")
 
 
 def _json_lines(file: BinaryIO) -> Iterator[tuple[int, RawRow]]:
@@ -91,10 +99,10 @@ def _json_lines(file: BinaryIO) -> Iterator[tuple[int, RawRow]]:
             yield line, raw
 
 
-def _array_rows(path: Path) -> Iterator[tuple[int, RawRow]]:
+def _array_rows(file: BinaryIO) -> Iterator[tuple[int, RawRow]]:
     """The objects of one JSON array, each under the line that it starts in; the whole text is held in memory."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         yield 0, RowError("BROKEN_FILE", f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}")
         return
@@ -113,6 +121,9 @@ def _array_rows(path: Path) -> Iterator[tuple[int, RawRow]]:
         at = _after_space(text, end)
         if text[at : at + 1] == ",":
             at = _after_space(text, at + 1)
+            if text[at : at + 1] == "]":
+                yield line, RowError("BROKEN_FILE", "a comma stands before the end of the array")
+                return
         elif text[at : at + 1] != "]":
             yield line, RowError("BROKEN_FILE", "after this value a comma or the end of the array is missing")
             return

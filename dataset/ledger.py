@@ -1,6 +1,6 @@
 """The token ledger: what became of every row and every token, for a file, for a run, and for a person to read."""
 
-import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +11,6 @@ import numpy as np
 from dataset.chat import Sample
 from dataset.reader import Defect
 from dataset.rows import PackedRows
-from dataset.store import JoinedStore
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
@@ -20,14 +19,13 @@ QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 class Ledger:
     """What became of every row of a file."""
 
-    rejected: list[Defect] = field(default_factory=list)
-    fatal: list[Defect] = field(default_factory=list)  # those of them that the options do not let pass
-    lengths: list[int] = field(default_factory=list)
+    rejected: list[Defect] = field(default_factory=list)  # rows
+    dropped: list[Defect] = field(default_factory=list)  # samples of rows whose other samples are kept
+    fatal: list[Defect] = field(default_factory=list)  # those of both that the options do not let pass
+    lengths: array = field(default_factory=lambda: array("q"))  # type: ignore[type-arg]
     spelled: Counter[str] = field(default_factory=Counter)
     read: int = 0
     kept: int = 0
-    duplicates: int = 0
-    seen: set[int] = field(default_factory=set)  # hashes of the samples so far
     supervised_tokens: int = 0
     truncated: int = 0
     cut_tokens: int = 0
@@ -36,10 +34,6 @@ class Ledger:
         """Take in a sample that is kept, which had `length` tokens before it was cut."""
         self.truncated += len(sample.ids) < length
         self.cut_tokens += length - len(sample.ids)
-        digest = hashlib.blake2b(sample.ids.tobytes(), digest_size=8).digest()
-        number = int.from_bytes(digest, "little")
-        self.duplicates += number in self.seen
-        self.seen.add(number)
         self.spelled.update(sample.spelled)
         self.lengths.append(len(sample.ids))
         self.supervised_tokens += int(sample.supervised[1:].sum())
@@ -54,10 +48,11 @@ class Ledger:
             "rows_rejected": rejected,
             "rejected_by_code": dict(sorted(Counter(defect.code for defect in self.rejected).items())),
             "rejects": [
-                {"line": defect.line, "code": defect.code, "message": defect.message} for defect in self.rejected
+                {"line": defect.line, "code": defect.code, "message": defect.message}
+                for defect in sorted([*self.rejected, *self.dropped], key=lambda defect: defect.line)
             ],
             "samples": len(self.lengths),
-            "duplicates": self.duplicates,
+            "samples_dropped": len(self.dropped),
             "samples_truncated": self.truncated,
             "cut_tokens": self.cut_tokens,
             "tokens": tokens,
@@ -70,25 +65,42 @@ class Ledger:
         }
 
 
+def spoken(report: dict[str, Any]) -> Iterator[str]:
+    """What a person should hear about a file at every start."""
+    kept, share = f"{report['rows_kept']} of {report['rows_read']} rows kept", f"{100 * report['supervised_share']:.1f}"
+    yield f"{kept}, {report['tokens']} tokens, {share} % supervised"
+    if report["samples"] + report["samples_dropped"] > report["rows_kept"]:
+        yield f"the chat template rewrites earlier turns, so each turn to train is a sample: {report['samples']}"
+    for code, count in report["rejected_by_code"].items():
+        yield f"{count} rows left out with {code}"
+    if report["samples_dropped"]:
+        yield f"{report['samples_dropped']} samples left out of rows whose other samples are kept"
+    if report["samples_truncated"]:
+        yield f"{report['samples_truncated']} samples cut, {report['cut_tokens']} tokens lost"
+    if report["duplicates"]:
+        yield f"{report['duplicates']} samples are the same as an earlier one (all of them are kept)"
+    for token, count in report["rows_spelling_control_tokens"].items():
+        yield f"{count} rows spell {token} in their text, where it stays text"
+
+
 def report_of(rows: PackedRows) -> dict[str, Any]:
-    """The reports of the sources, the sums of their counts, and how their samples fill the rows of an epoch."""
-    assert isinstance(rows.store, JoinedStore)
-    reports = [{k: v for k, v in store.report.items() if k != "rejects"} for store in rows.store.stores]
-    totals: Counter[str] = Counter()
-    for report in reports:
-        totals.update({key: value for key, value in report.items() if isinstance(value, int)})
+    """What became of the rows of all sources, and the samples that an epoch trains, counted as often as it does so."""
+    store = rows.store
+    sources = [{k: v for k, v in each.report.items() if k != "rejects"} for each in store.stores]
+    of_the_files = ("rows_read", "rows_kept", "rows_rejected", "samples_dropped", "samples_truncated", "cut_tokens")
+    tokens, supervised = int(store.lengths[rows.samples].sum()), int(store.targets[rows.samples].sum())
     return {
-        **totals,
-        "supervised_share": totals["supervised_tokens"] / totals["tokens"],
-        "sources": reports,
-        "packing": {
-            "samples": len(rows.samples),
-            "tokens": int(rows.store.lengths[rows.samples].sum()),
-            "rows": len(rows),
-            "samples_per_row": len(rows.samples) / len(rows),
-            "efficiency": rows.plan.efficiency,
-            "padding_share": 1 - rows.plan.efficiency,
-        },
+        **{name: sum(source[name] for source in sources) for name in of_the_files},
+        "samples": len(rows.samples),
+        "duplicates": len(rows.samples) - len(np.unique(store.digests[rows.samples])),
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "supervised_share": supervised / tokens,
+        "rows": len(rows),
+        "samples_per_row": len(rows.samples) / len(rows),
+        "efficiency": rows.plan.efficiency,
+        "padding_share": 1 - rows.plan.efficiency,
+        "sources": sources,
     }
 
 
@@ -99,6 +111,6 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
         rejected = ", ".join(f"{count} {code}" for code, count in source["rejected_by_code"].items()) or "none"
         yield f"{source['path']} ({source['layout']}): {source['rows_read']:,} rows read, {source['rows_kept']:,} kept"
         yield f"  rejected: {rejected}; tokens of a sample: {quantiles}"
-    counts = {name: value for name, value in report.items() if isinstance(value, (int, float))}
-    for name, value in {**counts, **{f"packed {name}": value for name, value in report["packing"].items()}}.items():
-        yield f"{name.replace('_', ' '):24} {value:>14{',.4f' if isinstance(value, float) else ','}}"
+    for name, value in report.items():
+        if name != "sources":
+            yield f"{name.replace('_', ' '):24} {value:>14{',.4f' if isinstance(value, float) else ','}}"

@@ -20,7 +20,7 @@ from dataset.packing import plan_rows
 from dataset.prepare import DataOptions, prepare, shuffled, split
 from dataset.reader import DataError
 from dataset.rows import PackedRows, collate
-from dataset.sources import find_sources
+from dataset.sources import Source, find_sources
 from dataset.store import JoinedStore
 
 DEMO = "demo"
@@ -67,67 +67,68 @@ def load_rows(
 
     Raises DataError with the defects of all files, after they are written to `rejects_file`, one JSON object per line.
     """
+    sources, val_sources = _find_files(request)
+    options = request.options
+    if request.system_prompts:
+        prompts = SystemPrompts.from_file(request.system_prompts, request.system_prompt_ratio, request.seed)
+        options = replace(options, system_prompts=prompts)
+    wanted = [*((source, options) for source in sources), *((source, request.options) for source in val_sources)]
+    stores, defects, every = [], [], []
+    for source, options in wanted:
+        try:
+            stores.append(
+                prepare(source.path, tokenizer, options, request.cache_dir, owner, echo, None, request.tokenize_workers)
+            )
+        except DataError as error:
+            defects, every = defects + error.defects, every + error.every
+    if defects:
+        place = write_rejects(rejects_file, [asdict(each) for each in every]) if rejects_file else None
+        raise DataError(defects, place)
+
+    store, val_store = JoinedStore(stores[: len(sources)]), JoinedStore(stores[len(sources) :])
+    samples, held_out = np.arange(store.num_samples), np.arange(val_store.num_samples)
+    if request.val_fraction:
+        (samples, held_out), val_store = split(store.conversations, request.val_fraction, request.seed), store
+    draw = EpochDraw(
+        _weigh(store, samples, [source.weight for source in sources], request.seed), store.lengths,
+        request.options.max_seq_len, request.packing, request.repack, request.files_per_epoch, request.file_fraction,
+        request.seed,
+    )  # fmt: skip
+    train, val = DrawnRows(store, draw), None
+    if len(held_out):
+        plan = plan_rows(val_store.lengths[held_out], request.options.max_seq_len, request.packing)
+        val = PackedRows(val_store, plan, held_out)
+    for role, rows in (("train, first epoch" if draw.varies else "train", train), ("held out", val)):
+        if rows:
+            size = f"{len(rows.samples)} samples in {len(rows)} rows of {request.options.max_seq_len} tokens"
+            echo(f"{role}: {size}, {rows.plan.efficiency:.1%} full")
+    selection = hashlib.sha256(f"{draw.fingerprint} {train.plan.fingerprint}".encode()).hexdigest()
+    return RunData(
+        train,
+        val,
+        report={"train": report_of(train), "held_out": report_of(val) if val else None},
+        identity={
+            "data": f"{store.fingerprint[:16]}/{selection[:16]}",
+            "template": f"{stores[0].tokenizer_fingerprint[:16]}/{stores[0].template_fingerprint[:16]}",
+        },
+        rejects=[{"path": each.source, **reject} for each in stores for reject in each.report["rejects"]],
+    )
+
+
+def _find_files(request: DataRequest) -> tuple[list[Source], list[Source]]:
+    """The files to train on and those held out; ValueError for what makes no sense."""
     data_path, val_data_path = request.data_path, request.val_data_path
     if data_path == DEMO:
         train_path, held_out_path = write_demo(Path(request.cache_dir) / DEMO)
         data_path = str(train_path)
         val_data_path = val_data_path or (None if request.val_fraction else str(held_out_path))
-    sources, val_sources = find_sources(data_path), find_sources(val_data_path) if val_data_path else []
+    sources = find_sources(data_path, "--data_path")
+    val_sources = find_sources(val_data_path, "--val_data_path") if val_data_path is not None else []
     if any(source.weight != 1 for source in val_sources):
         raise ValueError(f"--val_data_path {val_data_path}: every held-out sample counts once, so it takes no weights")
     if request.files_per_epoch is not None and request.files_per_epoch > len(sources):
         raise ValueError(f"--files_per_epoch {request.files_per_epoch}: --data_path names only {len(sources)}")
-    options = request.options
-    if request.system_prompts:
-        prompts = SystemPrompts.from_file(request.system_prompts, request.system_prompt_ratio, request.seed)
-        options = replace(options, system_prompts=prompts)
-    stores, defects = [], []
-    for source, wanted in [*((each, options) for each in sources), *((each, request.options) for each in val_sources)]:
-        try:
-            stores.append(
-                prepare(
-                    source.path, tokenizer, wanted, request.cache_dir, owner, echo,
-                    processes=request.tokenize_workers,
-                )
-            )  # fmt: skip
-        except DataError as error:
-            defects += error.defects
-    if defects:
-        raise DataError(
-            defects, write_rejects(rejects_file, [asdict(each) for each in defects]) if rejects_file else None
-        )
-
-    store, val_store = JoinedStore(stores[: len(sources)]), JoinedStore(stores[len(sources) :])
-    kept, held_out = np.arange(store.num_samples), np.arange(val_store.num_samples)
-    if request.val_fraction:
-        kept, held_out = split(store.num_samples, request.val_fraction, request.seed)
-        val_store = store
-    draw = EpochDraw(
-        _weigh(store, kept, [source.weight for source in sources], request.seed), store.lengths,
-        request.options.max_seq_len, request.packing, request.repack, request.files_per_epoch, request.file_fraction,
-        request.seed,
-    )  # fmt: skip
-    train = DrawnRows(store, draw)
-    val = None
-    if len(held_out):
-        plan = plan_rows(val_store.lengths[held_out], request.options.max_seq_len, request.packing)
-        val = PackedRows(val_store, plan, held_out)
-    for role, rows in (("train", train), ("held out", val)):
-        if rows:
-            full = f"{rows.plan.efficiency:.1%} full"
-            each = " in the first epoch" if draw.varies and rows is train else ""
-            echo(
-                f"{role}: {len(rows.samples)} samples in {len(rows)} rows of {request.options.max_seq_len} tokens, "
-                f"{full}{each}"
-            )
-    report = {"train": report_of(train), "held_out": report_of(val) if val else None}
-    selection = hashlib.sha256(f"{draw.fingerprint} {train.plan.fingerprint}".encode()).hexdigest()
-    identity = {
-        "data": f"{store.fingerprint[:16]}/{selection[:16]}",
-        "template": f"{stores[0].tokenizer_fingerprint[:16]}/{stores[0].template_fingerprint[:16]}",
-    }
-    rejects = [{"path": each.source, **reject} for each in stores for reject in each.report["rejects"]]
-    return RunData(train, val, report, identity, rejects)
+    return sources, val_sources
 
 
 def write_rejects(path: Path, rejects: list[dict[str, Any]]) -> Path:

@@ -24,14 +24,12 @@ from dataset.augment import SystemPrompts
 from dataset.chat import TRAIN_ON, ChatRenderer, Sample
 from dataset.files import OF_THE_FILE, RowError, read_raw_rows
 from dataset.layouts import LAYOUTS, Fields
-from dataset.ledger import Ledger
-from dataset.reader import DataError, Defect, detect_layout
+from dataset.ledger import Ledger, spoken
+from dataset.reader import BAD_ROWS, OVERLONG, DataError, Defect, detect_layout
 from dataset.tokenise import Outcomes, Tokeniser, available_cores, in_blocks, map_in_order
 
 VERSION = 3  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
 POLL_SECONDS = 0.2
-OVERLONG = ("error", "drop", "truncate")
-BAD_ROWS = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -85,34 +83,44 @@ def prepare(
     directory = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()
     if not owner:
         _wait_for(directory, timeout_seconds)
-    elif store.is_published(directory):
+    elif store.is_intact(directory):
         echo(f"{path}: tokenised before, in {directory}")
     else:
         if directory.exists():
             echo(f"{directory}: damaged, made anew")
             shutil.rmtree(directory)
         _build(path, tokenizer, options, directory, fingerprints, echo, processes or available_cores())
-    return store.TokenStore(directory, source=str(path))
+    found = store.TokenStore(directory, source=str(path))
+    if owner:
+        for line in spoken(found.report):
+            echo(f"{path}: {line}")
+    return found
 
 
-def split(num_samples: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(conversations: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns ascending sample numbers for training and for validation, at least one of each.
 
-    A sample's side comes from a hash of its number and the seed, so it depends on no library's random generator.
+    Samples with the same number in `conversations` (samples,) stay together, so that what is held out is not trained
+    under another line. A hash of that number and the seed decides the side; it knows neither line nor file.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"val_fraction={fraction} must lie between 0 and 1")
-    if num_samples < 2:
-        raise ValueError(f"val_fraction={fraction} cannot split {num_samples} sample")
-    held_out = min(max(round(num_samples * fraction), 1), num_samples - 1)
-    order = shuffled(num_samples, f"split {seed}")
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    distinct, group_of, sizes = np.unique(conversations.astype(np.uint64), return_inverse=True, return_counts=True)
+    if len(distinct) < 2:
+        raise ValueError(f"val_fraction={fraction} cannot split {len(distinct)} conversation")
+    order = np.argsort(_mix(distinct + _start(f"split {seed}")), kind="stable")
+    groups = int(np.searchsorted(np.cumsum(sizes[order]), round(len(conversations) * fraction))) + 1
+    held_out = np.isin(group_of, order[: min(groups, len(distinct) - 1)])
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def shuffled(count: int, key: str) -> np.ndarray:
     """The numbers below `count` in an order that the key alone decides."""
-    start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-    return np.argsort(_mix(np.arange(count, dtype=np.uint64) + np.uint64(start)), kind="stable")
+    return np.argsort(_mix(np.arange(count, dtype=np.uint64) + _start(key)), kind="stable")
+
+
+def _start(key: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:
@@ -147,7 +155,7 @@ def _hash_file(path: Path) -> str:
 
 def _wait_for(directory: Path, timeout_seconds: float | None) -> None:
     started = time.monotonic()
-    while not store.is_published(directory):
+    while not (store.is_published(directory) and store.is_intact(directory)):
         if timeout_seconds is not None and time.monotonic() - started > timeout_seconds:
             raise TimeoutError(f"no token store appeared in {directory} within {timeout_seconds} seconds")
         time.sleep(POLL_SECONDS)
@@ -176,53 +184,56 @@ def _build(
         if not ledger.lengths:
             ledger.fatal = ledger.rejected
         if ledger.fatal:
-            raise DataError(ledger.fatal)
+            raise DataError(ledger.fatal, every=[*ledger.rejected, *ledger.dropped])
         if _hash_file(path) != fingerprints["content"]:
             raise DataError([Defect(str(path), 0, "FILE_CHANGED", "the file changed while it was being read")])
-        report = ledger.report(layout)
         writer.publish(
             source=str(path),
-            report=report,
+            report={**ledger.report(layout), "duplicates": writer.duplicates},
             tokenizer_fingerprint=fingerprints["tokenizer"],
             template_fingerprint=fingerprints["template"],
         )
     # Data workers are forked later; with this the thread pool of the tokenizer is not looked for, nor missed, in them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    echo(
-        f"{path}: {report['rows_kept']} of {report['rows_read']} rows kept, {report['tokens']} tokens, "
-        f"{100 * report['supervised_share']:.1f} % supervised, {time.monotonic() - started:.1f} seconds"
-    )
-    if report["samples"] > report["rows_kept"]:
-        echo(
-            f"{path}: the chat template rewrites earlier turns, so each turn to train is a sample: {report['samples']}"
-        )
-    if report["duplicates"]:
-        echo(f"{path}: {report['duplicates']} samples are the same as an earlier one (all of them are kept)")
-    for code, count in report["rejected_by_code"].items():
-        echo(f"{path}: {count} rows left out with {code}")
-    for token, count in report["rows_spelling_control_tokens"].items():
-        echo(f"{path}: {count} rows spell {token} in their text, where it stays text")
+    echo(f"{path}: tokenised in {time.monotonic() - started:.1f} seconds")
 
 
 def _kept(outcomes: Outcomes, path: str, options: DataOptions, ledger: Ledger) -> Iterator[tuple[int, Sample]]:
     """Yields (line, sample) for each row that is kept; the ledger learns what became of all of them."""
     for line, outcome in outcomes:
         ledger.read += 1
-        try:
-            if isinstance(outcome, RowError):
-                raise outcome
-            fitting = [(_fit(sample, options), len(sample.ids)) for sample in outcome]
-        except RowError as error:
-            defect = Defect(path, line, error.code, str(error))
-            ledger.rejected.append(defect)
-            lenient = options.overlong if error.code == "OVERLONG" else options.bad_rows
-            if lenient == "error" or error.code in OF_THE_FILE:
-                ledger.fatal.append(defect)
+        fitting, errors = _fitting(outcome, options)
+        defects = [Defect(path, line, error.code, str(error)) for error in errors]
+        fatal = [defect for defect in defects if not _may_be_left_out(defect.code, options)]
+        ledger.fatal += fatal
+        if fatal or not fitting:
+            ledger.rejected.append(defects[0])
             continue
         ledger.kept += 1
+        ledger.dropped += defects
         for sample, length in fitting:
             ledger.count(sample, length)
             yield line, sample
+
+
+def _may_be_left_out(code: str, options: DataOptions) -> bool:
+    if code in OF_THE_FILE:
+        return False
+    return (options.overlong if code == "OVERLONG" else options.bad_rows) != "error"
+
+
+def _fitting(outcome: list[Sample] | RowError, options: DataOptions) -> tuple[list[tuple[Sample, int]], list[RowError]]:
+    """The samples of a row that fit, with their lengths before they were cut, and why the others do not."""
+    if isinstance(outcome, RowError):
+        return [], [outcome]
+    fitting, errors = [], []
+    for number, sample in enumerate(outcome, start=1):
+        try:
+            fitting.append((_fit(sample, options), len(sample.ids)))
+        except RowError as error:
+            place = f"sample {number} of {len(outcome)}: " if len(outcome) > 1 else ""
+            errors.append(RowError(error.code, f"{place}{error}"))
+    return fitting, errors
 
 
 def _fit(sample: Sample, options: DataOptions) -> Sample:

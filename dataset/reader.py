@@ -10,6 +10,8 @@ from typing import Any
 from dataset.files import RowError, kind_of, read_rows
 from dataset.layouts import LAYOUTS, Fields, nested_json, required, text
 
+OVERLONG = ("error", "drop", "truncate")  # what may become of a sample that is longer than a row
+BAD_ROWS = ("error", "skip")  # and of a row that cannot be trained
 DETECTION_ROWS = 100
 FOLLOWS = {  # which roles may come after which; "" is the start of the conversation
     "": ("system", "user"),
@@ -37,12 +39,15 @@ class Defect:
 
 
 class DataError(ValueError):
-    """The data cannot be trained as asked; carries every defect and shows the first twenty, and where all are."""
+    """The data cannot be trained as asked; shows the first twenty defects that stand in the way, and where all are.
+
+    `every` also holds the rows that the options leave out.
+    """
 
     SHOWN = 20
 
-    def __init__(self, defects: list[Defect], file: Path | None = None):
-        self.defects = defects
+    def __init__(self, defects: list[Defect], file: Path | None = None, every: list[Defect] | None = None):
+        self.defects, self.every = defects, every or defects
         lines = [str(defect) for defect in defects[: self.SHOWN]]
         hidden = f", {len(defects) - self.SHOWN} of them not shown" if len(defects) > self.SHOWN else ""
         place = f"; {file} has all of them" if file else ""

@@ -6,6 +6,7 @@ A word is a file, a pattern (`data/*.jsonl`), a directory, or a data set of the 
 
 import glob
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +23,26 @@ class Source:
     weight: float = 1.0
 
 
-def find_sources(data_path: str) -> list[Source]:
-    """The files of --data_path in the order of its words; ValueError for a word that names none."""
+def find_sources(data_path: str, flag: str = "--data_path") -> list[Source]:
+    """The files that the words of a flag name, in their order; ValueError for a word that names none."""
     sources = []
-    for word in [data_path] if Path(data_path).exists() else data_path.split(","):
-        name, weight = _weight_of(word.strip())
-        sources += [Source(path, weight) for path in _files_of(name)]
+    for word in [data_path] if os.path.exists(data_path) else data_path.split(","):
+        if not word.strip():
+            raise ValueError(f"{flag} {data_path!r}: there is an empty name in it")
+        try:
+            name, weight = _weight_of(word.strip())
+            sources += [Source(path, weight) for path in _files_of(name)]
+        except ValueError as error:
+            raise ValueError(f"{flag} {word.strip()}: {error}") from error
     return sources
 
 
 def _weight_of(word: str) -> tuple[str, float]:
     name, colon, number = word.rpartition(":")
-    if not colon or Path(word).exists() or not re.fullmatch(r"-?\d+(\.\d*)?|-?\.\d+", number):
+    if not colon or os.path.exists(word) or not re.fullmatch(r"-?\d+(\.\d*)?|-?\.\d+", number):
         return word, 1.0
     if not 0 < float(number) <= 1000:
-        raise ValueError(f"--data_path {word}: the weight must be greater than 0 and at most 1000")
+        raise ValueError("the weight must be greater than 0 and at most 1000")
     return name, float(number)
 
 
@@ -47,10 +53,10 @@ def _files_of(name: str) -> list[Path]:
     if not path.exists() and glob.has_magic(name) and "@" not in name:
         found = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
         if not found:
-            raise ValueError(f"--data_path {name}: no file matches")
+            raise ValueError("no file matches")
         return found
     if not path.exists() and not name.endswith(SUFFIXES) and (hub := HUB_ID.fullmatch(name)):
-        return _files_from_hub(name, **hub.groupdict())
+        return _files_from_hub(**hub.groupdict())
     return [path]  # the reader says what is wrong with it
 
 
@@ -58,17 +64,17 @@ def _files_in(directory: Path) -> list[Path]:
     """Every data file below a directory, or the shards of what `datasets` saved there."""
     if (directory / "dataset_dict.json").is_file():
         splits = ", ".join(json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
-        raise ValueError(f"--data_path {directory}: it holds several splits, name the directory of one: {splits}")
+        raise ValueError(f"it holds several splits, name the directory of one: {splits}")
     if (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file():
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
         return [directory / entry["filename"] for entry in state["_data_files"]]
     found = sorted(path for path in directory.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
     if not found:
-        raise ValueError(f"--data_path {directory}: no file in it ends with {', '.join(SUFFIXES)}")
+        raise ValueError(f"no file in it ends with {', '.join(SUFFIXES)}")
     return found
 
 
-def _files_from_hub(word: str, name: str, config: str | None, split: str | None) -> list[Path]:
+def _files_from_hub(name: str, config: str | None, split: str | None) -> list[Path]:
     """The Arrow files that `datasets` makes of a data set; downloaded once."""
     from datasets import load_dataset
 
@@ -76,5 +82,5 @@ def _files_from_hub(word: str, name: str, config: str | None, split: str | None)
         rows = load_dataset(name, config, split=split or "train")
     except Exception as error:  # network, names, formats: whatever it is, the word is where to look
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"--data_path {word}: no such file, and as a data set of the Hub: {reason}") from error
+        raise ValueError(f"no such file, and as a data set of the Hub: {reason}") from error
     return [Path(entry["filename"]) for entry in rows.cache_files]

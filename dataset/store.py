@@ -11,14 +11,16 @@ import os
 import secrets
 import shutil
 import time
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 META = "meta.json"
+TRAINED = ("ids", "supervised", "offsets")  # the arrays that decide what is trained
 
 
 class TokenStore:
@@ -33,10 +35,10 @@ class TokenStore:
         self.tokenizer_fingerprint: str = meta["tokenizer_fingerprint"]
         self.template_fingerprint: str = meta["template_fingerprint"]
         self.report: dict[str, Any] = {**meta["report"], "path": self.source}
-        self._ids, self._supervised, self._offsets, self._lines = (
+        self._ids, self._supervised, self._offsets, self._lines, self.targets, self.digests = (
             np.asarray(np.memmap(self.directory / f"{name}.bin", dtype=meta["arrays"][name]["dtype"], mode="r"))
-            for name in ("ids", "supervised", "offsets", "lines")
-        )
+            for name in ("ids", "supervised", "offsets", "lines", "targets", "digests")
+        )  # targets: supervised tokens that each sample trains; digests: equal where samples have the same ids
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker process maps the files itself instead of receiving a copy of them."""
@@ -60,7 +62,16 @@ class TokenStore:
 
     def where(self, sample: int) -> str:
         """Returns `path:line` of the row that a sample was made from."""
-        return f"{self.source}:{self._lines[sample]}"
+        return f"{self.source}:{self.line(sample)}"
+
+    def line(self, sample: int) -> int:
+        return int(self._lines[sample])
+
+    @property
+    def conversations(self) -> np.ndarray:
+        """A number for each sample, uint64 (samples,): equal for samples of one row, and of rows that say the same."""
+        starts = np.flatnonzero(np.diff(self._lines, prepend=0))
+        return np.repeat(self.digests[starts], np.diff(starts, append=self.num_samples))
 
 
 class JoinedStore:
@@ -78,6 +89,21 @@ class JoinedStore:
     def lengths(self) -> np.ndarray:
         """Stored tokens of each sample, int64 (samples,)."""
         return np.concatenate([store.lengths for store in self.stores])
+
+    @property
+    def targets(self) -> np.ndarray:
+        """As TokenStore.targets."""
+        return np.concatenate([store.targets for store in self.stores])
+
+    @property
+    def digests(self) -> np.ndarray:
+        """As TokenStore.digests."""
+        return np.concatenate([store.digests for store in self.stores])
+
+    @property
+    def conversations(self) -> np.ndarray:
+        """As TokenStore.conversations."""
+        return np.concatenate([store.conversations for store in self.stores])
 
     @property
     def fingerprint(self) -> str:
@@ -108,10 +134,13 @@ class StoreWriter:
         self._tmp = directory.parent / f".tmp-{directory.name[:16]}-{os.getpid()}-{secrets.token_hex(4)}"
         self._tmp.mkdir(parents=True)
         ids = "<u2" if vocab_size <= 2**16 else "<u4"
-        self._dtypes = {"ids": ids, "supervised": "|u1", "offsets": "<i8", "lines": "<i8"}
+        self._dtypes = {
+            "ids": ids, "supervised": "|u1", "offsets": "<i8", "lines": "<i8", "targets": "<i4", "digests": "<u8"
+        }  # fmt: skip
         self._files = {name: (self._tmp / f"{name}.bin").open("wb") for name in self._dtypes}
         self._hashes = {name: hashlib.sha256() for name in self._dtypes}
         self._counts = dict.fromkeys(self._dtypes, 0)
+        self._seen = array("Q")
         self._append("offsets", [0])
 
     def __enter__(self) -> "StoreWriter":
@@ -129,18 +158,32 @@ class StoreWriter:
         self._append("supervised", supervised)
         self._append("offsets", [self._counts["ids"]])
         self._append("lines", [line])
+        self._append("targets", [np.count_nonzero(supervised[1:])])
+        digest = hashlib.blake2b(np.asarray(ids, dtype="<u4").tobytes(), digest_size=8).digest()
+        self._append("digests", [int.from_bytes(digest, "little")])
+        self._seen.append(int.from_bytes(digest, "little"))
+
+    @property
+    def duplicates(self) -> int:
+        """Samples so far that are the same as an earlier one."""
+        return len(self._seen) - len(np.unique(self._seen))
 
     def publish(self, **meta: Any) -> None:
         """Gives the store its final name; when another writer was faster, its store stands and this one goes."""
         for file in self._files.values():
             _flush(file)
-        trained = [
-            f"{name} {self._dtypes[name]} {self._hashes[name].hexdigest()}" for name in ("ids", "supervised", "offsets")
-        ]
+        trained = [f"{name} {self._dtypes[name]} {self._hashes[name].hexdigest()}" for name in TRAINED]
         meta |= {
             "format": FORMAT,
             "fingerprint": hashlib.sha256("\n".join(trained).encode()).hexdigest(),
-            "arrays": {name: {"dtype": self._dtypes[name], "count": self._counts[name]} for name in self._dtypes},
+            "arrays": {
+                name: {
+                    "dtype": self._dtypes[name],
+                    "count": self._counts[name],
+                    "sha256": self._hashes[name].hexdigest(),
+                }
+                for name in self._dtypes
+            },
         }
         with (self._tmp / META).open("w", encoding="utf-8") as meta_file:
             json.dump(meta, meta_file, ensure_ascii=False, allow_nan=False, indent=1)
@@ -173,7 +216,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
             )
             if size != expected:
                 raise ValueError(f"{directory / name}.bin has {size} bytes, expected {expected}")
-    except (OSError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{directory} is no token store: {error!r}") from error
     return meta
 
@@ -183,6 +226,18 @@ def is_published(directory: Path) -> bool:
     try:
         read_meta(directory)
     except ValueError:
+        return False
+    return True
+
+
+def is_intact(directory: Path) -> bool:
+    """True when every array also holds what was written; reads them all."""
+    try:
+        for name, array in read_meta(directory)["arrays"].items():
+            with (directory / f"{name}.bin").open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != array["sha256"]:
+                    return False
+    except (ValueError, KeyError, OSError):
         return False
     return True
 

@@ -62,7 +62,7 @@ def in_blocks(rows: Iterable[tuple[int, RawRow]]) -> Iterator[Block]:
 def map_in_order(work: Callable[[Item], Result], items: Iterator[Item], processes: int) -> Iterator[Result]:
     """Yields work(item) for each item in order; at most BLOCKS_AHEAD items per process are under way.
 
-    A single item is not worth a process. Raises ChildProcessError when a process dies.
+    Raises ChildProcessError when a process dies.
     """
     first = list(itertools.islice(items, 2))
     items = itertools.chain(first, items)
@@ -80,7 +80,9 @@ def map_in_order(work: Callable[[Item], Result], items: Iterator[Item], processe
         while under_way:
             yield under_way.popleft().result()
     except BrokenProcessPool as error:
-        raise ChildProcessError("a process that tokenises was killed; was there enough memory?") from error
+        raise ChildProcessError(
+            "a process that tokenises was killed: by a chat template that does not end, or for lack of memory"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

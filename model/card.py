@@ -8,8 +8,8 @@ def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str
     train = report["train"]
     base = "trained from scratch" if config["from_weight"] == "none" else f"fine-tuned from `{config['from_weight']}`"
     rows = [
-        ("samples", train["packing"]["samples"]),
-        ("tokens", train["packing"]["tokens"]),
+        ("samples", train["samples"]),
+        ("tokens", train["tokens"]),
         ("supervised share", f"{train['supervised_share']:.1%}"),
         ("steps", step),
         ("rows per step", f"{config['global_batch_size']} of {config['max_seq_len']} tokens"),

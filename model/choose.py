@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -61,6 +62,19 @@ def choose_model(from_weight: str, shape: dict[str, int], dropout: float, seed: 
     if problems:
         raise ValueError("\n".join(problems))
     return model
+
+
+def check_positions(model: Any, lengths: np.ndarray, max_seq_len: int) -> None:
+    """Raises ValueError where a sample is longer than the model can tell positions apart.
+
+    A row may be longer: every sample in it begins at position 0.
+    """
+    longest, known = int(lengths.max()) - 1, getattr(model.config, "max_position_embeddings", None)
+    if known is not None and longest > known:
+        raise ValueError(
+            f"--max_seq_len {max_seq_len}: a sample has {longest} tokens, the model knows {known} positions; give "
+            f"--max_seq_len {known} and say with --overlong what to do with longer samples"
+        )
 
 
 def shape_of(model: Any, names: Iterable[str]) -> dict[str, int | None]:

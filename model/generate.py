@@ -1,5 +1,6 @@
 """Continues prompts: greedy or sampled decoding with a key/value cache, for whole batches or token by token."""
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.temperature < 0:
-            problems.append(f"temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            problems.append(f"temperature must be a finite number from 0, got {self.temperature}")
         if self.top_k < 0:
             problems.append(f"top_k must not be negative, got {self.top_k}")
         if not 0 < self.top_p <= 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -100,7 +100,11 @@ def load_pretrained(directory: str | Path, dropout: float = 0.0) -> Decoder:
     missing = dict(decoder.named_parameters())
     wrong = []
     for file in files:
-        with safe_open(file, framework="pt") as stored:
+        try:
+            stored = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+        with stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict
                 if name == "lm_head.weight" and config.tie_word_embeddings:
                     continue  # some writers save the tied head a second time
@@ -171,7 +175,7 @@ class HFCausalLM(nn.Module):
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"no model in {source}: {error}") from None
         except KeyError as error:  # some families look their attention up in a table of their own
             raise ValueError(f"the model in {source} takes no other attention: {NOT_PACKABLE}") from error

@@ -95,7 +95,7 @@ def run_ours(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "data_wait_share": [r["train/data_wait_share"] for r in steps],
         "seconds_per_step": [r["train/seconds_per_step"] for r in steps],
         "checkpoint_seconds": [r["seconds"] for r in records if r.get("event") == "checkpoint"],
-        "packing_efficiency": report["packing"]["efficiency"],
+        "packing_efficiency": report["efficiency"],
         "peak_bytes": peak,
     }
 

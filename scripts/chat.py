@@ -131,6 +131,9 @@ def load(options: argparse.Namespace) -> Talk:
     from model.loading import load_model
     from trainer_utils import choose_device
 
+    for text in filter(None, [options.system, *(options.prompt or [])]):
+        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{text!r} is not UTF-8")
     directory = exported_directory(options.directory)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     device = choose_device(options.device)
@@ -177,6 +180,9 @@ def converse(talk: Talk, read: Callable[[], str | None], interactive: bool) -> N
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     sys.stdout.reconfigure(encoding="utf-8")
+    if "" in (options.prompt or []):
+        hint("error: --prompt '': there is nothing to answer")
+        return 2
     try:
         talk = load(options)
         if options.prompt:

@@ -15,7 +15,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from dataset.files import read_rows
-from dataset.reader import DataError
+from dataset.layouts import LAYOUTS
+from dataset.reader import BAD_ROWS, OVERLONG, DataError
 from training.checkpoints import replace_json
 from training.config import Config
 from training.metrics import strict
@@ -46,6 +47,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--data_path", metavar="FILE", default="demo", help="JSONL file, or 'demo': the held-out part of it (default)")
     for name in ("prompt_field", "response_field", "system_field"):
         flag(f"--{name}", metavar="NAME", help=f"name of the {name.replace('_', ' ')} in rows without messages")
+    for name, choices in (("data_format", ("auto", *LAYOUTS)), ("bad_rows", BAD_ROWS), ("overlong", OVERLONG)):
+        flag(f"--{name}", choices=choices, default=choices[0], help=f"as in training (default {choices[0]})")
     flag("--limit", metavar="N", type=positive, help="only N conversations, spread evenly over the file")
     flag("--max_new_tokens", metavar="N", type=positive, default=512, help="longest answer in tokens (default 512)")
     flag("--batch_size", metavar="N", type=positive, default=32, help="conversations answered at once (default 32)")
@@ -63,14 +66,19 @@ def spread(items: list[Any], count: int) -> list[Any]:
 
 
 def read_cases(path: Path, store: Any, limit: int | None) -> list[Case]:
-    """The last turn of each conversation in the token store of a file, under the `family` that its row names."""
-    last_of_line = {int(store.where(sample).rsplit(":", 1)[1]): sample for sample in range(store.num_samples)}
+    """The last turn of each conversation in the token store of a file, under the `family` that its row names.
+
+    Raises ValueError for a row that has no question, such as a plain text.
+    """
+    last_of_line = {store.line(sample): sample for sample in range(store.num_samples)}
     families = {
         line: row.get("family") for line, row in read_rows(path) if isinstance(row, dict) and line in last_of_line
     }
     cases = []
     for line, sample in spread(list(last_of_line.items()), limit or store.num_samples):
         ids, supervised = (array.tolist() for array in store.tokens(sample))
+        if False not in supervised:
+            raise ValueError(f"{store.where(sample)} has no question that could be answered")
         start = len(ids) - supervised[::-1].index(False)
         cases.append(Case(sample, str(families[line] or "all"), ids[:start], ids[start:-1], ids[-1]))
     return cases
@@ -137,7 +145,10 @@ def evaluate(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     model, tokenizer = load_model(directory).to(device).eval(), load_tokenizer(str(directory))
     path = write_demo(options.cache_dir / "demo")[1] if options.data_path == "demo" else Path(options.data_path)
     context = model.config.max_position_embeddings
-    wanted = DataOptions(options.prompt_field, options.response_field, options.system_field, max_seq_len=context)
+    wanted = DataOptions(
+        options.prompt_field, options.response_field, options.system_field, max_seq_len=context,
+        data_format=options.data_format, bad_rows=options.bad_rows, overlong=options.overlong,
+    )  # fmt: skip
     store = prepare(path, tokenizer, wanted, options.cache_dir, echo=lambda line: print(line, file=sys.stderr))
     cases = read_cases(path, store, options.limit)
     means = held_out_means(model, store, [case.sample for case in cases], device)
@@ -179,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
         directory = exported_directory(options.directory.absolute())
         out = options.out or (directory.parent if directory.name == "final" else directory) / "evaluation.json"
         out.parent.mkdir(parents=True, exist_ok=True)  # a wrong path is to be heard of before the work, not after
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a directory, name a file in it")
         result = evaluate(options, directory)
         replace_json(out, strict({**result, "examples": spread(result["examples"], 10)}))
     except (ValueError, OSError) as error:

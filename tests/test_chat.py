@@ -1,6 +1,8 @@
 """The mask is exactly what the model has to write, and text in a message can never become a control token."""
 
+import multiprocessing
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from dataset.chat import GREEN, RESET, ChatRenderer, show
 from dataset.files import RowError
 from dataset.layouts import Fields
 from dataset.reader import Conversation, Defect, read_conversations
+from dataset.template import ChatTemplate
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -325,6 +328,41 @@ def test_all_trains_every_token_of_the_conversation():
     assert sample.ids.tolist() == [
         START, *b"user\na", END, *b"\n", START, *b"assistant\nb", END, *b"\n", START, *b"user\nc", END, *b"\n"
     ]  # fmt: skip
+
+
+def test_all_trains_every_token_also_under_an_unstable_template():
+    renderer = ChatRenderer(byte_tokenizer(UNSTABLE), "all")
+    ((sample,),) = renderer.render_batch([Conversation(1, turns("a", "b", "c", "d"))])
+    assert sample.supervised.all()
+    assert sample.ids.tolist() == [
+        START, *b"user\na", END, *b"\n", START, *b"assistant\n...", END, *b"\n",
+        START, *b"user\nc", END, *b"\n", START, *b"assistant\nd", END, *b"\n",
+    ]  # fmt: skip
+
+
+def test_a_rendered_template_is_that_of_transformers():
+    tokenizer = byte_tokenizer("{{ eos_token }}{{ bos_token }}{{ messages | tojson }}{{ tools | tojson }}" + PLAIN)
+    messages = [*turns("a", "<b>é"), {"role": "user", "content": "c"}]
+    messages[1]["reasoning_content"] = "hm"
+    for tools in (None, [{"type": "function", "function": {"name": "look", "x": [1, None, True]}}]):
+        for prompt in (False, True):
+            expected = tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=prompt, tokenize=False
+            )
+            assert ChatTemplate(tokenizer).render(messages, tools, prompt) == expected
+
+
+def render_endless_power() -> None:
+    ChatRenderer(byte_tokenizer("{% if 9 ** (9 ** 9) > 1 %}{% endif %}" + PLAIN))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns whenever there are threads
+def test_a_template_that_is_stuck_in_one_operation_is_ended_by_the_system(monkeypatch):
+    monkeypatch.setattr("dataset.template.SECONDS", 0.2)
+    process = multiprocessing.get_context("fork").Process(target=render_endless_power)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGVTALRM
 
 
 def test_plain_text_is_trained_whole_and_ends():

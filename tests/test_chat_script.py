@@ -268,7 +268,13 @@ def test_errors_say_what_to_do(chat, tmp_path, capsys):
     assert main([str(tmp_path), "--prompt", "x"]) == 2
     assert "has neither config.json nor final/" in capsys.readouterr().err
     code, out, err = chat("--temperature", "-1", "--prompt", "x")
-    assert (code, out) == (2, "") and "temperature must not be negative, got -1.0" in err
+    assert (code, out) == (2, "") and "temperature must be a finite number from 0, got -1.0" in err
+    assert (
+        chat("--temperature", "nan", "--prompt", "x")[0]
+        == chat("--prompt", "")[0]
+        == chat("--prompt", "\udcff")[0]
+        == 2
+    )
     with pytest.raises(SystemExit) as caught:
         main([str(tmp_path), "--max_new_tokens", "0"])
     assert caught.value.code == 2

@@ -107,3 +107,20 @@ def test_help_and_wrong_flags_are_answered_before_torch_is_imported(words):
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
     assert done.returncode == (2 if words[0] == "--batch_size" else 0)
+
+
+def test_the_command_line_replaces_what_the_file_says_otherwise(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data_path: x.jsonl\nwarmup_ratio: 0.1\nmax_steps: 9\nval_fraction: 0.2\n")
+    config, _ = parse_config(["--config", str(path), "--warmup_steps", "5", "--epochs", "3", "--val_data_path", "y"])
+    assert (config.warmup_ratio, config.max_steps, config.val_fraction) == (0.0, None, 0.0)
+    assert parse_config(["--config", str(path)])[0].max_steps == 9
+
+
+def test_a_list_of_names_may_hold_no_comma(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data_path: [a.jsonl, b.jsonl]\n")
+    assert parse_config(["--config", str(path)])[0].data_path == "a.jsonl,b.jsonl"
+    path.write_text("data_path: ['a,b.jsonl']\n")
+    with pytest.raises(ConfigError, match="the comma in 'a,b.jsonl' separates names"):
+        parse_config(["--config", str(path)])

@@ -1,7 +1,9 @@
 """The same rows come out of every kind of file, and what breaks a file is said where it breaks."""
 
+import datetime
 import gzip
 import json
+import pickle
 
 import pytest
 
@@ -39,6 +41,28 @@ def test_an_array_is_read_with_the_lines_of_its_objects(tmp_path, indent):
     assert [row for _, row in found] == ROWS
     text = path.read_text(encoding="utf-8").splitlines()
     assert [line for line, _ in found] == [n for n, line in enumerate(text, 1) if line.startswith("  {")] or [2, 2, 2]
+
+
+def test_an_array_may_be_zipped_and_begin_late(tmp_path):
+    text = " " * 200_000 + json.dumps(ROWS)
+    (tmp_path / "rows.json").write_text(text)
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("rows.json", "rows.json.gz"):
+        assert [row for _, row in read_rows(tmp_path / name)] == ROWS
+
+
+def test_an_error_can_be_sent_to_another_process():
+    error = pickle.loads(pickle.dumps(RowError("UTF8", "not UTF-8")))
+    assert (error.code, str(error)) == ("UTF8", "not UTF-8")
+
+
+def test_what_json_has_no_type_for_is_text(tmp_path):
+    from pyarrow import Table, parquet
+
+    row = {"day": datetime.date(2024, 2, 29), "raw": b"x", "nested": [{"at": datetime.datetime(2024, 1, 1)}], "n": 1.5}
+    parquet.write_table(Table.from_pylist([row]), tmp_path / "rows.parquet")
+    ((_, found),) = read_rows(tmp_path / "rows.parquet")
+    assert found == {"day": "2024-02-29", "raw": "b'x'", "nested": [{"at": "2024-01-01 00:00:00"}], "n": 1.5}
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "stream"])
@@ -90,6 +114,7 @@ def test_a_cut_gzip_file_gives_what_is_whole_and_then_the_break(tmp_path):
         ('[{"a": 1}]\n[2]', [(1, ""), (1, "BROKEN_FILE")]),
         ('[{"a": 1},\n\n7, {"a": 1, "a": 2}, {"a": NaN}, {"a": 5}]', [
             (1, ""), (3, "NOT_OBJECT"), (3, "DUPLICATE_KEY"), (3, "NON_FINITE"), (3, "")]),
+        ('[{"a": 1},\n]', [(1, ""), (1, "BROKEN_FILE")]),
         ("[]", [(0, "EMPTY_FILE")]),
         ("[" * 100_000, [(1, "BROKEN_FILE")]),
     ],

@@ -1,5 +1,6 @@
 """Every way in which a row can be wrong is refused with its code and line, and what is right comes through whole."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -114,13 +115,19 @@ def read(path: Path, fields: Fields = Fields()) -> list[Conversation | Defect]: 
     return list(read_conversations(path, fields))
 
 
+def test_there_are_sixty_kinds_of_bad_rows():
+    assert len({row for _, row in BAD_ROWS}) >= 60
+
+
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
 @pytest.mark.parametrize(("code", "row"), BAD_ROWS, ids=lambda value: value if isinstance(value, str) else "")
-def test_a_bad_row_is_refused_by_code_and_line_and_alone(tmp_path, code, row, place):
+def test_a_bad_row_is_refused_by_code_and_line_and_alone(tmp_path, code, row, name, place):
     lines = [GOOD, GOOD]
     lines.insert(place, row)
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    path = tmp_path / name
+    content = b"".join(line + b"\n" for line in lines)
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     found = read(path)
     refused = [(item.line, item.code) for item in found if isinstance(item, Defect)]
     assert refused == [(place + 1, code)]

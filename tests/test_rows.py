@@ -144,7 +144,7 @@ def test_every_sample_of_real_data_is_in_the_batches_once(tmp_path):
         pytest.skip(f"{path} is not here")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "model" / "tokenizer")
     store = prepare(path, tokenizer, DataOptions("question", "answer"), tmp_path)
-    part, _ = split(store.num_samples, 0.1, 0)
+    part, _ = split(store.conversations, 0.1, 0)
     rows = PackedRows(store, plan_rows(store.lengths[part], 1024), part)
     seen, tokens, supervised = [], 0, 0
     for start in range(0, len(rows), 16):

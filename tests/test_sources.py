@@ -1,6 +1,7 @@
 """Every word of --data_path names its files, and every sample is trained as often as its weight says."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -39,14 +40,21 @@ def test_words_are_files_patterns_and_directories_with_weights(tmp_path, monkeyp
         ("a.jsonl:-1", "greater than 0"),
         ("*.parquet", "no file matches"),
         ("e", "no file in it"),
+        ("a.jsonl,", "there is an empty name in it"),
+        ("", "there is an empty name in it"),
     ],
 )
 def test_a_word_that_names_nothing_is_an_error(tmp_path, monkeypatch, word, message):
     monkeypatch.chdir(tmp_path)
     write(Path("a.jsonl"), 1)
     Path("e").mkdir()
-    with pytest.raises(ValueError, match=f"--data_path {word.split(':')[0]}.*{message}".replace("*.", r"\*\.", 1)):
+    with pytest.raises(ValueError, match=f"--data_path .*{re.escape(word)}.*{message}"):
         find_sources(word)
+
+
+def test_many_names_are_no_long_name(tmp_path):
+    path = write(tmp_path / "a.jsonl", 1)
+    assert len(find_sources(",".join([str(path)] * 200))) == 200
 
 
 def test_a_data_set_saved_by_datasets_is_read_from_its_shards(tmp_path, monkeypatch):
@@ -139,4 +147,34 @@ def test_duplicates_are_counted_and_kept(tmp_path):
     path = write(tmp_path / "a.jsonl", 5)
     path.write_text(path.read_text() * 2)
     report = load(tmp_path, str(path)).report["train"]
-    assert (report["duplicates"], report["samples"], report["packing"]["samples"]) == (5, 10, 10)
+    assert (report["duplicates"], report["samples"]) == (5, 10)
+
+
+def test_the_ledger_counts_what_is_trained_and_held_out(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", 20, "a"), write(tmp_path / "b.jsonl", 20, "a")
+    report = load(tmp_path, f"{a}:3,{b}", val_fraction=0.25).report
+    train, held_out = report["train"], report["held_out"]
+    assert held_out["samples"] == 10 and train["samples"] == 3 * 15 + 15  # a row and its twin are on the same side
+    lengths = load(tmp_path, f"{a},{b}").train.store.lengths
+    assert train["tokens"] + held_out["tokens"] > lengths.sum()
+    assert train["duplicates"] == train["samples"] - 15 and held_out["duplicates"] == 5
+    assert 0 < train["supervised_tokens"] < train["tokens"]
+
+
+def test_all_defects_are_written_down_also_those_that_are_allowed(tmp_path):
+    path = write(tmp_path / "a.jsonl", 3, "a", bad=1)
+    path.write_text(path.read_text() + json.dumps({"prompt": "long", "completion": "many " * 200}) + "\n")
+    with pytest.raises(DataError, match="1 defect in the data"):
+        load(tmp_path, str(path), options={"overlong": "drop", "max_seq_len": 100})
+    written = [json.loads(line)["code"] for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert sorted(written) == ["MISSING_FIELD", "OVERLONG"]
+
+
+def test_what_was_left_out_is_said_at_every_start(tmp_path):
+    path, said = write(tmp_path / "a.jsonl", 3, "a", bad=1), []
+    request = DataRequest(str(path), cache_dir=str(tmp_path / "cache"), options=DataOptions(bad_rows="skip"))
+    for _ in range(2):
+        said.append([])
+        load_rows(request, load_tokenizer(str(OWN_TOKENIZER)), True, echo=said[-1].append)
+    for lines in said:
+        assert any(line.endswith("1 rows left out with MISSING_FIELD") for line in lines)

@@ -1,5 +1,6 @@
 """A store is made once, is whole or absent, and says of every row what became of it."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from dataset import prepare as preparation
 from dataset.packing import plan_rows
 from dataset.prepare import DataOptions, prepare, split
 from dataset.reader import DataError
-from dataset.store import StoreWriter, TokenStore, is_published
+from dataset.store import StoreWriter, TokenStore, is_intact, is_published, sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -283,11 +284,31 @@ def test_a_killed_preparation_leaves_no_store(tmp_path, tokenizer):
     assert prepare(path, tokenizer, OPTIONS, cache).num_samples == 1
 
 
-@pytest.mark.parametrize("damage", ["ids.bin", "meta.json", "short", "format", "empty"])
+def test_what_killed_writers_left_is_swept_after_a_day(tmp_path):
+    for name, age in ((".tmp-old", 90_000), (".tmp-new", 10), ("store", 90_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ids.bin").touch()
+        for path in (tmp_path / name / "ids.bin", tmp_path / name):
+            os.utime(path, (time.time() - age,) * 2)
+    sweep(tmp_path)
+    assert [path.name for path in stores_in(tmp_path)] == [".tmp-new", "store"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "list", "ids.bin", "meta.json", "short", "format", "empty"])
 def test_a_damaged_store_is_made_anew(tmp_path, tokenizer, damage):
     store = make(tmp_path, tokenizer, GOOD)
     before = [part.tolist() for part in store.tokens(0)]
-    if damage == "short":
+    if damage == "flipped":
+        with (store.directory / "ids.bin").open("r+b") as file:
+            file.write(bytes([before[0][0] ^ 1]))
+        assert is_published(store.directory) and not is_intact(store.directory)
+        with pytest.raises(TimeoutError):
+            prepare(tmp_path / "rows.jsonl", tokenizer, OPTIONS, tmp_path / "cache", owner=False, timeout_seconds=0.1)
+        assert [part.tolist() for part in make(tmp_path, tokenizer, GOOD).tokens(0)] == before
+        return
+    if damage == "list":
+        (store.directory / "meta.json").write_text("[]")
+    elif damage == "short":
         os.truncate(store.directory / "supervised.bin", 3)
     elif damage == "format":
         meta = json.loads((store.directory / "meta.json").read_text())
@@ -361,17 +382,63 @@ def test_options_that_do_not_exist_are_named(options, message):
 
 
 def test_a_split_is_known_complete_and_near_its_share():
-    train, held_out = split(20, 0.2, 42)
+    train, held_out = split(np.arange(20), 0.2, 42)
     assert (held_out.tolist(), len(train)) == ([1, 8, 12, 15], 16)
     assert sorted([*train, *held_out]) == list(range(20))
-    assert split(20, 0.2, 43)[1].tolist() != held_out.tolist()
-    assert [len(part) for part in split(2, 0.01, 0)] == [1, 1]
-    assert [len(part) for part in split(2, 0.99, 0)] == [1, 1]
-    assert [len(part) for part in split(10_000, 0.1, 0)] == [9_000, 1_000]
-    assert 400 < (split(10_000, 0.1, 0)[1] < 5_000).sum() < 600  # held out from everywhere
-    for samples, fraction in ((1, 0.5), (10, 0.0), (10, 1.0)):
+    assert split(np.arange(20), 0.2, 43)[1].tolist() != held_out.tolist()
+    assert [len(part) for part in split(np.arange(2), 0.01, 0)] == [1, 1]
+    assert [len(part) for part in split(np.arange(2), 0.99, 0)] == [1, 1]
+    assert [len(part) for part in split(np.arange(10_000), 0.1, 0)] == [9_000, 1_000]
+    assert 400 < (split(np.arange(10_000), 0.1, 0)[1] < 5_000).sum() < 600  # held out from everywhere
+    for conversations, fraction in ((np.zeros(5), 0.5), (np.arange(10), 0.0), (np.arange(10), 1.0)):
         with pytest.raises(ValueError, match="val_fraction"):
-            split(samples, fraction, 0)
+            split(conversations, fraction, 0)
+
+
+def test_what_is_held_out_is_not_trained_under_another_line():
+    conversations = np.random.default_rng(0).integers(0, 2**63, 300).astype(np.uint64)[np.arange(1000) % 300]
+    train, held_out = split(conversations, 0.1, 7)
+    assert not set(conversations[train]) & set(conversations[held_out])
+    assert 100 <= len(held_out) < 110
+    reordered = np.random.default_rng(1).permutation(1000)
+    assert set(conversations[reordered][split(conversations[reordered], 0.1, 7)[1]]) == set(conversations[held_out])
+
+
+REWRITING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.role == 'user' or loop.last else '-' }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def rewriting(tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer whose template shows only the last answer as it was, so that every turn is a sample."""
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = REWRITING
+    return changed
+
+
+def test_turns_of_one_row_are_one_conversation(tmp_path, rewriting):
+    store = make(tmp_path, rewriting, chat("a", "b", "c", "d"), chat("e", "f"), chat("a", "b", "x", "y"))
+    assert [store.line(sample) for sample in range(store.num_samples)] == [1, 1, 2, 3, 3]
+    first, second, third, fourth, fifth = store.conversations.tolist()
+    assert first == second == fourth == fifth != third  # the third row begins as the first does
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate", "error"])
+def test_only_the_turns_that_are_too_long_are_left_out(tmp_path, rewriting, overlong):
+    rows = [chat("a", "b", "c " * 30, "d " * 60), chat("e", "f")]
+    if overlong == "error":
+        with pytest.raises(DataError, match=r"rows.jsonl:1: OVERLONG sample 2 of 2: \d+ tokens"):
+            make(tmp_path, rewriting, *rows, overlong=overlong)
+        return
+    store = make(tmp_path, rewriting, *rows, overlong=overlong)
+    dropped = overlong == "drop"
+    report = store.report
+    assert [store.line(sample) for sample in range(store.num_samples)] == ([1, 2] if dropped else [1, 1, 2])
+    assert (report["rows_read"], report["rows_kept"], report["rows_rejected"]) == (2, 2, 0)
+    assert (report["samples_dropped"], report["samples_truncated"]) == ((1, 0) if dropped else (0, 1))
+    assert [(reject["line"], reject["code"]) for reject in report["rejects"]] == [(1, "OVERLONG")] * dropped
 
 
 @pytest.mark.parametrize(

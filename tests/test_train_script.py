@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.small_world import TINY, log_of, result_of, train, write_rows
+from tests.small_world import TINY, KillAtCall, log_of, result_of, train, write_rows
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +91,7 @@ def test_the_saved_configuration_is_resolved_and_usable(finished, tmp_path, rows
 def test_the_ledger_accounts_for_every_row(finished):
     report = json.loads((finished / "data_report.json").read_text())["train"]
     assert report["rows_read"] == report["rows_kept"] + report["rows_rejected"] == 24
-    assert report["packing"]["samples"] == 24 and report["packing"]["rows"] > 1
+    assert report["samples"] == 24 and report["rows"] > 1
 
 
 def test_validation_is_token_weighted_whoever_shares_it(tmp_path, rows, finished):
@@ -105,7 +106,7 @@ def test_validation_is_token_weighted_whoever_shares_it(tmp_path, rows, finished
 def test_a_part_of_the_data_can_be_held_out(tmp_path, rows):
     assert train(1, tmp_path / "run", data_path=str(rows), val_fraction=0.25, max_steps=2) == [0]
     report = json.loads((tmp_path / "run" / "data_report.json").read_text())
-    assert (report["train"]["packing"]["samples"], report["held_out"]["packing"]["samples"]) == (18, 6)
+    assert (report["train"]["samples"], report["held_out"]["samples"]) == (18, 6)
     assert records_of(tmp_path / "run", "eval")
 
 
@@ -118,7 +119,7 @@ def test_wrong_rows_end_the_run_before_training_with_path_and_line(tmp_path, row
     assert train(1, tmp_path / "run", **flags) == [65]
     log = log_of(tmp_path / "run")
     assert "bad.jsonl:5: JSON" in log and "bad.jsonl:10: NO_ASSISTANT" in log and "Traceback" not in log
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["rejects.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "rejects.jsonl"]
     assert train(1, tmp_path / "run", bad_rows="skip", **flags) == [0]
     rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
     assert [(reject["line"], reject["code"]) for reject in rejects] == [(5, "JSON_SYNTAX"), (10, "NO_ASSISTANT")]
@@ -129,7 +130,7 @@ def test_wrong_rows_end_the_run_before_training_with_path_and_line(tmp_path, row
 def test_rows_of_one_sample_have_the_losses_of_packed_ones(tmp_path, rows, finished):
     flags = {"data_path": str(rows), "val_data_path": str(rows), "eval_at_start": True, "packing": False}
     assert train(1, tmp_path / "run", **flags, max_steps=2) == [0], log_of(tmp_path / "run")
-    report = json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]["packing"]
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]
     assert report["samples"] == report["rows"] == 24
     alone, packed = records_of(tmp_path / "run", "eval")[0], records_of(finished, "eval")[0]
     assert alone["eval/loss"] == pytest.approx(packed["eval/loss"], abs=1e-5)
@@ -257,6 +258,62 @@ def test_wandb_follows_offline_under_one_id(tmp_path, rows):
     assert subprocess.run(again, **quiet).returncode == 0
     ids = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
     assert ids == {first.name.rsplit("-", 1)[1]}
+
+
+def restarted_by_torchrun(objective, rank):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    return objective
+
+
+def test_a_restart_by_torchrun_does_not_overwrite_the_run_that_it_continues(tmp_path, rows):
+    flags = {"data_path": str(rows), "overwrite": True, "max_steps": 4, "save_interval": "2"}
+    assert train(1, tmp_path / "run", wrap_objective=KillAtCall(4), **flags) == [-9]
+    assert train(1, tmp_path / "run", wrap_objective=restarted_by_torchrun, **flags) == [0]
+    assert [r["step"] for r in records_of(tmp_path / "run", "train")] == [1, 2, 3, 4]
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2
+
+
+def test_a_run_may_go_on_with_less_data(tmp_path, rows):
+    assert train(1, tmp_path / "run", data_path=str(rows), max_steps=8) == [0]
+    few = write_rows(tmp_path / "few.jsonl", 3)
+    flags = {"data_path": str(few), "from_resume": "1", "epochs": 2, "max_steps": 10}
+    assert train(1, tmp_path / "run", **flags, allow_change="data,schedule") == [0], log_of(tmp_path / "run")
+    assert records_of(tmp_path / "run", "train")[-1]["step"] == 10
+
+
+def test_a_template_and_system_prompts_come_from_files(tmp_path, rows):
+    template, prompts = tmp_path / "chat.jinja", tmp_path / "prompts.txt"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role | upper }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>ASSISTANT: {% endif %}"
+    )
+    prompts.write_text("Be brief.\n")
+    flags = {
+        "data_path": str(rows), "max_steps": 1, "chat_template": str(template), "system_prompts": str(prompts),
+        "system_prompt_ratio": 1.0,
+    }  # fmt: skip
+    assert train(1, tmp_path / "run", **flags, dry_run=True) == [0], log_of(tmp_path / "run")
+    assert "<|im_start|>SYSTEM: Be brief.<|im_end|><|im_start|>USER: Say 0" in log_of(tmp_path / "run")
+    assert train(1, tmp_path / "run", **flags) == [0], log_of(tmp_path / "run")
+    assert (tmp_path / "run" / "final" / "chat_template.jinja").read_text() == template.read_text()
+    assert train(1, tmp_path / "no", **{**flags, "chat_template": "none.jinja"}) == [2]
+    assert "--chat_template none.jinja: cannot be read" in log_of(tmp_path / "no")
+
+
+def test_paths_to_resume_from_are_checked_first(tmp_path, rows, finished):
+    for path, said in ((finished, "the newest of that run is"), (tmp_path, "is no checkpoint")):
+        assert train(1, finished, data_path=str(rows), from_resume=str(path)) == [2]
+        assert f"--from_resume {path} is no checkpoint" in log_of(finished) and said in log_of(finished)
+
+
+def test_samples_beyond_the_positions_of_a_model_are_refused(tmp_path, rows, finished):
+    shutil.copytree(finished / "final", tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
+    shape = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
+    flags = {"data_path": str(rows), "from_weight": str(tmp_path / "short"), **shape}
+    assert train(1, tmp_path / "run", **flags) == [2]
+    assert "the model knows 20 positions" in log_of(tmp_path / "run")
 
 
 def test_a_rehearsal_shows_everything_and_writes_nothing(tmp_path, rows):

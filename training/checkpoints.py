@@ -179,11 +179,15 @@ class CheckpointStore:
         return None
 
 
-def check_run_directory(save_dir: Path, continues: bool, overwrite: bool) -> None:
+def check_run_directory(save_dir: Path, from_resume: str, continues: bool, overwrite: bool) -> None:
     """A directory that holds a run is continued, or emptied when told so, but never written over in silence.
 
     Raises ValueError naming the ways out. Nothing is deleted here: `clear_run` does so once the run is sure to start.
     """
+    if from_resume not in ("0", "1") and not (Path(from_resume) / MANIFEST).is_file():
+        inside = CheckpointStore(Path(from_resume) / "checkpoints")
+        newest = f"; the newest of that run is {inside.path(inside.steps()[-1])}" if inside.steps() else ""
+        raise ValueError(f"--from_resume {from_resume} is no checkpoint{newest}")
     steps, final = CheckpointStore(save_dir / "checkpoints").steps(), save_dir / "final"
     if continues and final.exists() and not steps:
         raise ValueError(

@@ -48,6 +48,12 @@ REQUEST_FLAGS = (
     "cache_dir",
     "tokenize_workers",
 )
+ALTERNATIVES = (
+    ("warmup_steps", "warmup_ratio"),
+    ("val_data_path", "val_fraction"),
+    ("epochs", "max_steps"),
+    ("accumulation_steps", "global_batch_size"),
+)
 LOADING_FLAGS = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
 
 
@@ -252,6 +258,8 @@ def _convert(name: str, value: Any, plain: type, optional: bool) -> Any:
         raise ValueError(f"--{name} {value}: not 0 or 1")
     if plain is str:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            if torn := next((item for item in value if "," in item), None):
+                raise ValueError(f"--{name}: the comma in {torn!r} separates names, rename the file")
             return ",".join(value)
         if isinstance(value, (list, dict)):
             raise ValueError(f"--{name} {value}: not a single value")
@@ -284,6 +292,12 @@ def _field_problems(f: dataclasses.Field[Any], value: Any) -> list[str]:
     if m["maximum"] is not None and value > m["maximum"]:
         return [f"--{f.name} {value}: must be at most {m['maximum']}"]
     return []
+
+
+def _not_replaced(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The file's values without those that say otherwise what the command line says."""
+    replaced = {name for pair in ALTERNATIVES if set(pair) & given.keys() for name in pair}
+    return {name: value for name, value in values.items() if name not in replaced}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -387,7 +401,7 @@ def parse_config(argv: list[str]) -> tuple[Config, bool]:
     except ConfigError as error:
         problems += error.problems
     try:
-        config = make_config({**values, **given})
+        config = make_config({**_not_replaced(values, given), **given})
     except ConfigError as error:
         problems += error.problems
     if problems:

@@ -5,6 +5,7 @@ A sink that fails is reported once and dropped: training never dies of its repor
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -64,9 +65,9 @@ class MetricsLog:
             logger.warning("metrics go to %s only: %s", self.path.name, error)
 
     def start(self, step: int) -> None:
-        """Keep the records up to `step`, so that no step stands twice after a resume."""
+        """Keep the records up to `step`, so that no step stands twice after a resume; from step 0 on, none."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_records(self.path) if r["step"] <= step] if self.path.exists() else []
+        kept = [r for r in read_records(self.path) if r["step"] <= step] if step and self.path.exists() else []
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in kept)
@@ -94,11 +95,11 @@ class MetricsLog:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """The records of a metrics.jsonl; what a crash cut short, and whatever has no step, is left out."""
     records = []
     for line in path.read_bytes().split(b"\n"):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records

@@ -58,7 +58,11 @@ class LoopState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], is_main: bool) -> LoopState:
-        """Rank 0 goes on from the sums over all ranks, the others from none."""
+        """Rank 0 goes on from the sums over all ranks, the others from none. ValueError for another version's state."""
         totals = {name: value for name, value in values.items() if isinstance(value, dict)}
         sums = {name: Sums(total if is_main else dict.fromkeys(total, 0)) for name, total in totals.items()}
+        if values.keys() != (known := {f.name for f in fields(cls)}):
+            raise ValueError(
+                f"the checkpoint was written by another version, differing in {sorted(values.keys() ^ known)}"
+            )
         return cls(**{**values, **sums})
