@@ -161,12 +161,11 @@ class ChatRenderer:
             cuts = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         for turn in cuts:
             start = self._template.prefix_length(messages[:turn], tools, whole, generation_prompt=True)
-            end = whole.find(self.end_of_turn, start)
-            plain = whole[start:end].strip() == messages[turn]["content"].strip()
-            if turn < len(messages) - 1 and not plain:  # a turn that the template leaves open reaches into the next one
-                end = whole.find(
-                    self.end_of_turn, start, self._template.prefix_length(messages[: turn + 1], tools, whole)
-                )
+            # Rendered as the last one, each turn must read as it does with the others after it, or it is another text
+            # that the model would have to write; and a turn that the template leaves open must not reach into the next.
+            last = turn == len(messages) - 1
+            bound = len(whole) if last else self._template.prefix_length(messages[: turn + 1], tools, whole)
+            end = whole.find(self.end_of_turn, start, bound)
             if end < 0:
                 raise RowError("NO_END_OF_TURN", f"the template does not end message {turn} with {self.end_of_turn!r}")
             end += len(self.end_of_turn)

@@ -60,8 +60,8 @@ class ChatTemplate:
 def time_limit() -> Iterator[None]:
     """Raises RowError in the block when it takes longer than SECONDS; only a process's main thread can be told.
 
-    Python acts on a signal between two of its instructions, which a single huge one (`9 ** (9 ** 9)`) keeps waiting. The
-    system itself then ends the process by SIGVTALRM, once the block has computed for two seconds more.
+    Python acts on a signal between two of its instructions, which a single huge one (`9 ** (9 ** 9)`) keeps waiting.
+    The system itself then ends the process by SIGVTALRM, once the block has computed for two seconds more.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

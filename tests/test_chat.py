@@ -44,7 +44,11 @@ TAGGED = TEMPLATE.replace("ENDGENERATION", "{% endgeneration %}").replace("GENER
 
 
 def byte_tokenizer(
-    template: str | None = PLAIN, eos: str = "<|im_end|>", ignore_merges: bool = False, **flags: bool
+    template: str | None = PLAIN,
+    eos: str = "<|im_end|>",
+    ignore_merges: bool = False,
+    controls: tuple[str, ...] = CONTROLS,
+    **flags: bool,
 ) -> PreTrainedTokenizerFast:
     """Bytes are their own ids, control tokens follow from 256 on; one merge tells joint encoding from separate."""
     letters = [chr(n) for n in (*range(33, 127), *range(161, 173), *range(174, 256))]
@@ -52,16 +56,16 @@ def byte_tokenizer(
     rest = [n for n in range(256) if n not in values]
     vocabulary = dict(zip(letters, values, strict=True)) | {chr(256 + i): n for i, n in enumerate(rest)}
     newline, space = chr(256 + rest.index(10)), chr(256 + rest.index(32))
-    added = [AddedToken(text, special=text.startswith("<|"), normalized=False, **flags) for text in CONTROLS]
-    vocabulary |= {token: PAD + i for i, token in enumerate(CONTROLS)} | {
-        "filler": SPACES,
-        newline + space: NEWLINE_SPACE,
+    added = [AddedToken(text, special=text.startswith("<|"), normalized=False, **flags) for text in controls]
+    vocabulary |= {token: PAD + i for i, token in enumerate(controls)} | {
+        "filler": PAD + len(controls),
+        newline + space: PAD + len(controls) + 1,
     }
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(newline, space)], ignore_merges=ignore_merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens(added)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=controls[0])
     tokenizer.chat_template = template
     return tokenizer
 
