@@ -17,7 +17,7 @@ import math
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
 from dataset.chat import show
 from dataset.ledger import report_lines
@@ -57,6 +56,7 @@ from trainer_utils import (
     environment_rank,
     find_checkpoint,
     gradient_sync,
+    in_order_batches,
     load_checkpoint,
     micro_batches_per_step,
     parallelize,
@@ -82,7 +82,7 @@ from training.control import SignalFlags
 from training.environment import write_descriptions
 from training.metrics import WandbSink
 from training.optimizers import make_optimizer
-from training.plan import Plan, identity_of, make_plan
+from training.plan import Plan, identity_of, make_plan, share_of_a_step
 from training.records import Meter, RunRecords, duration, peak_flops
 from training.state import LoopState, NonFiniteError
 from training.sums import Sums, token_means
@@ -287,8 +287,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     processes = start_processes(config.device, config.group_timeout_seconds)
     if config.deterministic:
         use_deterministic_kernels()
-    auto = "bfloat16" if processes.device.type == "cuda" else "float32"
-    dtype = auto if config.dtype == "auto" else config.dtype
+    dtype = {"auto": "bfloat16" if processes.device.type == "cuda" else "float32"}.get(config.dtype, config.dtype)
 
     # 3. Model
     model = choose_model(from_weight, config.shape, config.dropout, config.seed, len(tokenizer)).to(processes.device)
@@ -337,23 +336,14 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     )  # fmt: skip
     batches = SkipBatchSampler(sampler, config.batch_size)
     loader = make_loader(data.train, batches, **config.loading)
-    held_out = None
-    if data.held_out:
-        in_order = RowSampler(
-            len(data.held_out), rank=processes.rank, world_size=processes.world_size, shuffle=False,
-            window_rows=config.batch_size * processes.world_size, slots=config.batch_size,
-        )  # fmt: skip
-        held_out = make_loader(data.held_out, SkipBatchSampler(in_order, config.batch_size), **config.loading)
-    shares = f"{processes.world_size} processes x {micro_batches} micro-batches x at most {config.batch_size}"
-    if config.accumulation_steps not in (1, micro_batches):
-        logger.warning(
-            "--accumulation_steps %d gives way: a step has %d rows, %s",
-            config.accumulation_steps, window_rows, "as it had before" if checkpoint else "by --global_batch_size",
-        )  # fmt: skip
-    logger.info("%d steps of %d rows (%s), %s on %s", plan.total_steps, window_rows, shares, dtype, processes.device)
+    held_out = data.held_out and make_loader(
+        data.held_out, in_order_batches(len(data.held_out), config.batch_size, processes), **config.loading
+    )
+    share = share_of_a_step(config, window_rows, processes.world_size, micro_batches)
+    logger.info("%d steps of %s, %s on %s", plan.total_steps, share, dtype, processes.device)
     if config.dry_run:
-        logger.info("\n%s", "\n".join(report_lines(data.report["train"])))
-        return rehearse(learner, loader, micro_batches, plan, tokenizer)
+        sample = show(*data.train.store.tokens(0), tokenizer)
+        return rehearse(learner, loader, micro_batches, plan, sample, report_lines(data.report["train"]))
 
     # 7. Records
     device_name = device_name_of(processes.device)
@@ -382,7 +372,6 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         wandb = partial(WandbSink, config.wandb_project, constants["wandb_id"], save_dir, asdict(resolved))
         records.metrics.follow(wandb)
     checkpointer = Checkpointer(store, model, optimizer, scaler, state, constants, processes, records.event)
-    reason = None
 
     def evaluate() -> dict[str, float]:
         if held_out is None:
@@ -392,20 +381,15 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         return results
 
     # 8. Epochs
+    reason, hooks = None, Hooks(checkpointer.save, evaluate)
     with records.running(state, plan), SignalFlags() as signals:
         if config.eval_at_start and state.step == 0:
             evaluate()
         for epoch in itertools.count(state.epoch):
             if reason or state.step >= plan.total_steps:
                 break
-            sampler.set_epoch(epoch)
             data.train.set_epoch(epoch)
-            sampler.num_rows = len(data.train)
-            # A window is the rows of one step. Whole windows are skipped as batches; rows before the first whole window
-            # (after a change of the rows per step) are left out by the sampler.
-            whole_windows, sampler.offset = divmod(state.rows, window_rows)
-            batches.skip_batches = whole_windows * micro_batches
-            hooks = Hooks(checkpointer.save, evaluate)
+            batches.skip_batches = sampler.begin(epoch, len(data.train), state.rows) * micro_batches
             reason = train_epoch(learner, loader, micro_batches, state, plan, records, signals, hooks)
 
         # 9. Close
@@ -423,12 +407,11 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
 
 
 def rehearse(
-    learner: Learner, loader: DataLoader, micro_batches: int, plan: Plan, tokenizer: PreTrainedTokenizerFast
+    learner: Learner, loader: DataLoader, micro_batches: int, plan: Plan, sample: str, ledger: Iterable[str]
 ) -> dict[str, Any]:
-    """--dry_run: show a sample with its mask, and train two steps that nobody keeps to tell what a run will need."""
-    rows, processes = loader.dataset, learner.processes
-    logger.info("\nthe first sample, supervised tokens in colour:\n%s", show(*rows.store.tokens(0), tokenizer))
-    seconds = math.nan
+    """--dry_run: show a sample and the ledger, and train two steps that nobody keeps to tell what a run will need."""
+    logger.info("\nthe first sample, supervised tokens in colour:\n%s\n\n%s", sample, "\n".join(ledger))
+    processes, seconds = learner.processes, math.nan
     for step, (window, problem) in enumerate(itertools.islice(fetch_windows(loader, micro_batches), 2), start=1):
         if problem:
             raise problem

@@ -230,6 +230,16 @@ class RowSampler(DistributedSampler):
         assert world_size * slots >= window_rows, (world_size, slots, window_rows)
         self.num_rows, self.window_rows, self.slots, self.offset = num_rows, window_rows, slots, 0
 
+    def begin(self, epoch: int, num_rows: int, rows_done: int) -> int:
+        """Set an epoch, its rows and how many of them are trained; returns how many whole windows that is, to skip.
+
+        Rows trained beyond them (after a change of the rows per step) are left out here.
+        """
+        self.set_epoch(epoch)
+        windows, self.offset = divmod(rows_done, self.window_rows)
+        self.num_rows = num_rows
+        return windows
+
     def order(self) -> list[int]:
         """All rows of the epoch in global order, the same on every rank."""
         if not self.shuffle:
@@ -269,6 +279,15 @@ class SkipBatchSampler(Sampler[list[int]]):
                 batch = []
         if batch and skipped >= self.skip_batches:
             yield batch
+
+
+def in_order_batches(num_rows: int, batch_size: int, processes: Processes) -> SkipBatchSampler:
+    """This rank's share of all rows in their own order, as for validation."""
+    sampler = RowSampler(
+        num_rows, rank=processes.rank, world_size=processes.world_size, shuffle=False,
+        window_rows=batch_size * processes.world_size, slots=batch_size,
+    )  # fmt: skip
+    return SkipBatchSampler(sampler, batch_size)
 
 
 def micro_batches_per_step(window_rows: int, world_size: int, batch_size: int) -> int:

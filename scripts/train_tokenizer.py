@@ -11,16 +11,21 @@ The shipped files come from 13,838 paragraphs of Python's documentation (English
 
 import argparse
 import json
+import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dataset.demo import training_conversations
+from dataset.files import RowError, read_rows
+from dataset.sources import find_sources
 
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # padding, start of a turn, end of a turn
 TAG_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 DEMO_STRIDE = 8
+TEMPLATE = Path(__file__).resolve().parent.parent / "model" / "tokenizer" / "chat_template.jinja"
 MODEL_MAX_LENGTH = 32768  # tokens; only a warning threshold of transformers, the model sets the true limit
 
 
@@ -31,14 +36,20 @@ def demo_texts() -> Iterator[str]:
             yield message["content"]
 
 
-def file_texts(path: Path) -> Iterator[str]:
-    """The lines of a text file; of a .jsonl file the strings of each row, anything deeper as JSON."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if path.suffix != ".jsonl":
-                yield line
-                continue
-            for value in json.loads(line).values():
+def file_texts(word: str) -> Iterator[str]:
+    """The lines of a .txt or .md file; of any data that the trainer reads, the strings of each row, the rest as JSON.
+
+    Raises ValueError for a row that cannot be read.
+    """
+    if word.endswith((".txt", ".md")):
+        with open(word, encoding="utf-8") as lines:
+            yield from lines
+        return
+    for source in find_sources(word, "--text"):
+        for line, row in read_rows(source.path):
+            if isinstance(row, RowError):
+                raise ValueError(f"{source.path}:{line}: {row.code} {row}")
+            for value in row.values():
                 yield value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -68,7 +79,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json; the chat template beside them is written by hand."""
+    """Writes tokenizer.json and tokenizer_config.json, and beside them our chat template, which is written by hand."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": MODEL_MAX_LENGTH,
@@ -80,21 +91,28 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if not (directory / TEMPLATE.name).exists():
+        shutil.copyfile(TEMPLATE, directory / TEMPLATE.name)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train the byte-level BPE tokenizer on the demo data and given texts.")
     parser.add_argument(
-        "--text", nargs="*", type=Path, default=[], help="files of text, one paragraph a line, or .jsonl"
+        "--text", nargs="*", default=[], metavar="NAME", help="text files (.txt, .md), or data as for --data_path"
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory for the tokenizer's two JSON files")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the tokenizer and its chat template")
     parser.add_argument("--vocab_size", type=int, default=6400, help="entries, special tokens and bytes included")
     options = parser.parse_args(arguments)
-    texts = (text for source in [demo_texts(), *map(file_texts, options.text)] for text in source)
-    tokenizer = train(texts, options.vocab_size)
-    save(tokenizer, options.out)
+    try:
+        texts = (text for source in [demo_texts(), *map(file_texts, options.text)] for text in source)
+        tokenizer = train(texts, options.vocab_size)
+        save(tokenizer, options.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 74
     print(f"{options.out / 'tokenizer.json'}: {tokenizer.get_vocab_size()} entries")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

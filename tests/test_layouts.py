@@ -5,7 +5,11 @@ import json
 import pytest
 
 from dataset.layouts import LAYOUTS, Fields
+from dataset.prepare import DataOptions, prepare
 from dataset.reader import Conversation, Defect, detect_layout, read_conversations
+from tests.test_chat import CALL as CALL_START
+from tests.test_chat import END, byte_tokenizer
+from tests.test_chat import UNCALL as CALL_END
 
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"city": "Köln"}}}
 TOOLS = [{"type": "function", "function": {"name": "look"}}]
@@ -106,7 +110,31 @@ def test_a_layout_is_found_and_means_this_conversation(tmp_path, name):
 
 
 def test_every_layout_has_a_golden_row():
-    assert {*GOLDEN, "fields"} == set(LAYOUTS)
+    assert {*GOLDEN, "fields"} == set(LAYOUTS) == set(SUPERVISED)
+
+
+LOOK = [CALL_START, *'{"name": "look", "arguments": {"city": "Köln"}}'.encode(), CALL_END, END]
+SUPERVISED = {
+    "messages": [*b"d", END],
+    "conversations": [*LOOK, *b"b", END],
+    "sharegpt": [*LOOK, *b"b", END],
+    "alpaca": [*b"y", END, *b"b", END],
+    "prompt": [*b"b", END],
+    "text": [*b"a b ", END],  # the first token of a text has nothing before it that could predict it
+    "fields": [*b"b", END],
+}
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_exactly_these_ids_are_supervised(tmp_path, name):
+    """Bytes are their own ids under this tokenizer, and control tokens follow from 256 on."""
+    path = write(tmp_path, GOLDEN[name][0] if name in GOLDEN else {"q": "a", "answer": "b"})
+    options = DataOptions("q", "answer") if name == "fields" else DataOptions()
+    store = prepare(path, byte_tokenizer(), options, tmp_path / "cache", echo=lambda _: None)
+    ids, supervised = store.tokens(0)
+    assert store.report["layout"] == name and store.num_samples == 1
+    assert ids[1:][supervised[1:]].tolist() == SUPERVISED[name]
+    assert store.targets.tolist() == [len(SUPERVISED[name])]
 
 
 def test_prompt_and_completion_may_be_messages_of_which_only_the_completion_is_trained(tmp_path):

@@ -1,5 +1,6 @@
 """The shipped tokenizer reads densely, other runtimes can rebuild it, and its chat template never takes text back."""
 
+import gzip
 import json
 import random
 from functools import cache
@@ -219,6 +220,28 @@ def test_training_again_gives_the_same_bytes(tmp_path):
     assert entries_with_digits(trained) == list("0123456789")
 
 
-def test_too_little_text_for_the_vocabulary_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="--vocab_size 60000: the text yields only"):
-        train_tokenizer(["--out", str(tmp_path), "--vocab_size", "60000"])
+def test_any_data_of_the_trainer_gives_the_same_tokenizer_ready_for_chat(tmp_path):
+    from pyarrow import Table, parquet
+
+    rows = [{"question": "hello hello", "answer": "world world"}] * 5
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "rows.parquet")
+    outputs = set()
+    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.parquet", "*.parquet"):
+        out = tmp_path / f"of {name[-4:]}"
+        assert train_tokenizer(["--text", str(tmp_path / name), "--out", str(out), "--vocab_size", "500"]) == 0
+        outputs.add((out / "tokenizer.json").read_bytes())
+    assert len(outputs) == 1
+    chat = [{"role": "user", "content": "hello"}]
+    loaded = AutoTokenizer.from_pretrained(out)
+    assert loaded.apply_chat_template(chat, tokenize=False) == tokenizer().apply_chat_template(chat, tokenize=False)
+
+
+def test_what_cannot_be_trained_on_is_an_error(tmp_path, capsys):
+    assert train_tokenizer(["--out", str(tmp_path), "--vocab_size", "60000"]) == 2
+    assert "--vocab_size 60000: the text yields only" in capsys.readouterr().err
+    (tmp_path / "bad.jsonl").write_text('{"a": "b"}\n{\n')
+    assert train_tokenizer(["--out", str(tmp_path), "--text", str(tmp_path / "bad.jsonl")]) == 2
+    assert "bad.jsonl:2: JSON_SYNTAX" in capsys.readouterr().err
+    assert train_tokenizer(["--out", str(tmp_path), "--text", str(tmp_path / "none.txt")]) == 74

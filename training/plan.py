@@ -88,6 +88,14 @@ def make_plan(config: Config, rows_of: Callable[[int], int], window_rows: int, s
     )
 
 
+def share_of_a_step(config: Config, window_rows: int, world_size: int, micro_batches: int) -> str:
+    """How ranks and micro-batches share the rows of a step, and which flag gives way for it."""
+    shares = f"{world_size} processes x {micro_batches} micro-batches x at most {config.batch_size}"
+    gives_way = config.accumulation_steps not in (1, micro_batches)
+    reason = f"; --accumulation_steps {config.accumulation_steps} gives way" if gives_way else ""
+    return f"{window_rows} rows ({shares}{reason})"
+
+
 def identity_of(config: Config, dtype: str, window_rows: int, model: str) -> dict[str, Any]:
     """What decides the result of a run besides its data, under the names that --allow_change takes."""
     length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epochs"
