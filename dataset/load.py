@@ -68,16 +68,17 @@ def load_rows(
     Raises DataError with the defects of all files, after they are written to `rejects_file`, one JSON object per line.
     """
     sources, val_sources = _find_files(request)
-    options = request.options
+    plain = prompted = request.options
     if request.system_prompts:
         prompts = SystemPrompts.from_file(request.system_prompts, request.system_prompt_ratio, request.seed)
-        options = replace(options, system_prompts=prompts)
-    wanted = [*((source, options) for source in sources), *((source, request.options) for source in val_sources)]
+        prompted = replace(plain, system_prompts=prompts)
     stores, defects, every = [], [], []
-    for source, options in wanted:
+    for source, options in [*((each, prompted) for each in sources), *((each, plain) for each in val_sources)]:
         try:
             stores.append(
-                prepare(source.path, tokenizer, options, request.cache_dir, owner, echo, None, request.tokenize_workers)
+                prepare(
+                    source.path, tokenizer, options, request.cache_dir, owner, echo, processes=request.tokenize_workers
+                )
             )
         except DataError as error:
             defects, every = defects + error.defects, every + error.every
