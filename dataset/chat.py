@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.files import RowError
 from dataset.reader import Conversation, Message
-from dataset.template import ChatTemplate, Tools, time_limit
+from dataset.template import ChatTemplate, Rendering, Tools, time_limit
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TRAIN_ON = ("assistant", "last", "marked", "all")
@@ -120,8 +120,8 @@ class ChatRenderer:
         messages, tools, spelled = self._hide_spelled(conversation.messages, conversation.tools)
         if self._train_on != "all":
             messages = messages[: trained[-1] + 1]
-        whole = self._template.render(messages, tools)
-        stretches = self._cut(messages, tools, whole, trained, cuts=trained if alone else None)
+        rendering = self._template.rendering(messages, tools)
+        whole, stretches = rendering.text, self._cut(messages, rendering, trained, cuts=trained if alone else None)
         if self._train_on == "all":
             rest = whole[sum(len(text) for text, _ in stretches) :]
             stretches = [(text, True) for text, _ in [*stretches, (rest, True)] if text]
@@ -135,9 +135,10 @@ class ChatRenderer:
         """
         messages, tools, spelled = self._hide_spelled(messages, tools)
         with time_limit():
-            whole = self._template.render(messages, tools, generation_prompt=True)
+            rendering = self._template.rendering(messages, tools, generation_prompt=True)
+            whole = rendering.text
             try:
-                stretches = self._cut(messages, tools, whole, ())
+                stretches = self._cut(messages, rendering, ())
             except RowError:
                 stretches = []
         self._refuse_escaped(whole, spelled)
@@ -150,21 +151,20 @@ class ChatRenderer:
     def _cut(
         self,
         messages: list[Message],
-        tools: Tools,
-        whole: str,
+        rendering: Rendering,
         trained: Collection[int],
         cuts: Sequence[int] | None = None,
     ) -> list[tuple[str, bool]]:
         """Cuts the rendered messages at their assistant turns, or at `cuts`, and ends with the last cut."""
-        stretches, done = [], 0
+        whole, stretches, done = rendering.text, [], 0
         if cuts is None:
             cuts = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         for turn in cuts:
-            start = self._template.prefix_length(messages[:turn], tools, whole, generation_prompt=True)
+            start = rendering.prefix_length(turn, generation_prompt=True)
             # Rendered as the last one, each turn must read as it does with the others after it, or it is another text
             # that the model would have to write; and a turn that the template leaves open must not reach into the next.
             last = turn == len(messages) - 1
-            bound = len(whole) if last else self._template.prefix_length(messages[: turn + 1], tools, whole)
+            bound = len(whole) if last else rendering.prefix_length(turn + 1)
             end = whole.find(self.end_of_turn, start, bound)
             if end < 0:
                 raise RowError("NO_END_OF_TURN", f"the template does not end message {turn} with {self.end_of_turn!r}")

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.chat import ChatRenderer
+from dataset.files import RowError
 from dataset.reader import Conversation
+from dataset.template import ChatTemplate, looks_only_back
 from model.choose import OWN_TOKENIZER, load_tokenizer
 from tests.test_chat import CONTROLS, PLAIN, byte_tokenizer, random_conversation
 
@@ -71,6 +73,7 @@ FAMILIES = {
     "Mistral": (MISTRAL, ("<unk>", "<s>", "</s>", "[INST]", "[/INST]"), "</s>"),
     "Qwen 3": (QWEN3, CONTROLS, "<|im_end|>"),
 }
+own = load_tokenizer(str(OWN_TOKENIZER))
 WORDS = ["red", "Zürich", "12", "你好", "it's", "\n\n-", "😀", "{x}", "user", "assistant\n"]
 
 
@@ -134,6 +137,80 @@ def test_a_template_that_drops_earlier_reasoning_gives_each_turn_as_generation_w
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One rendering tells what many tell
+
+LOOP = "{% for message in messages %}{{ message.role }}: {{ message.content }}<|im_end|>{% endfor %}"
+END = "{% if add_generation_prompt %}assistant: {% endif %}"
+AHEAD = [
+    LOOP.replace("{{ message.role }}", "{{ loop.last }}"),
+    LOOP.replace("{{ message.role }}", "{{ loop['last'] }}"),
+    LOOP.replace("{{ message.role }}", "{{ loop | attr('last') }}"),
+    LOOP.replace("{{ message.role }}", "{{ loop.revindex }}"),
+    LOOP.replace("{{ message.role }}", "{{ loop.nextitem.role }}"),
+    LOOP.replace("{{ message.role }}", "{{ messages[loop.index0 + 1].role }}"),
+    LOOP.replace("{{ message.role }}", "{% for x in [loop.length] %}{{ x }}{% endfor %}"),
+    LOOP.replace("in messages", "in messages[1:]"),
+    LOOP.replace("in messages", "in messages | reverse"),
+    LOOP.replace("in messages", "in messages if message.role != 'tool'"),
+    "{% set all = messages %}" + LOOP,
+    "{% set all = messages or [] %}" + LOOP,
+    "{{ messages | length }}" + LOOP,
+    "{{ messages[-1].role }}" + LOOP,
+    "{{ messages[0:].__len__() }}" + LOOP,
+    "{% macro m() %}{{ messages | length }}{% endmacro %}{{ m() }}" + LOOP,
+    "{% macro m(x) %}{{ x.last }}{% endmacro %}" + LOOP.replace("{{ message.role }}", "{{ m(loop) }}"),
+    LOOP + LOOP,
+    LOOP + "{{ messages[0].role }}",
+    "{% set ns = namespace(n=0) %}" + LOOP.replace("{{ message.role }}", "{% set ns.n = ns.n + 1 %}") + "{{ ns.n }}",
+    "{% if true %}" + LOOP + "{% endif %}",
+    "{% set text %}" + LOOP + "{% endset %}{{ text }}",
+    LOOP + "{{ strftime_now('%Y') }}",
+]
+BACK = [
+    LOOP,
+    "{% if messages and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}" + LOOP,
+    "{% set ns = namespace(n=0) %}" + LOOP.replace("{{ message.role }}", "{% set ns.n = ns.n + 1 %}{{ ns.n }}"),
+    LOOP.replace("{{ message.role }}", "{% for c in message.tool_calls or [] %}{{ loop.last }}{% endfor %}"),
+    LOOP.replace("{{ message.role }}", "{{ loop.index }}{{ loop.first }}{{ loop.previtem.role if not loop.first }}"),
+]
+
+
+def test_templates_that_may_look_ahead_are_told_from_those_that_cannot():
+    assert [template for template in AHEAD if looks_only_back(template + END)] == []
+    assert [template for template in BACK if not looks_only_back(template + END)] == []
+    assert looks_only_back(own.chat_template) and looks_only_back(tokenizer_of("Llama 3").chat_template)
+    assert not looks_only_back(tokenizer_of("Qwen 3").chat_template)
+
+
+def lengths(tokenizer: Any, messages: list[dict], tools: Any) -> list[int | str]:
+    try:
+        rendering = ChatTemplate(tokenizer).rendering(messages, tools)
+    except RowError as error:
+        return [str(error)]
+    found: list[int | str] = []
+    for count in range(1, len(messages)):
+        for prompt in (False, True):
+            try:
+                found.append(rendering.prefix_length(count, prompt))
+            except RowError as error:
+                found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("template", [*AHEAD, *BACK, PLAIN, own.chat_template])
+def test_the_places_found_in_one_rendering_are_those_of_a_rendering_for_each(template, monkeypatch):
+    rng = random.Random(0)
+    tokenizer = byte_tokenizer(template if "add_generation_prompt" in template else template + END)
+    conversations = [random_conversation(rng, WORDS) for _ in range(40)]
+    tools = [None, [{"type": "function", "function": {"name": "look"}}]]
+    quick = [lengths(tokenizer, messages, tools[at % 2]) for at, messages in enumerate(conversations)]
+    monkeypatch.setattr("dataset.template.looks_only_back", lambda source: False)
+    assert [lengths(tokenizer, messages, tools[at % 2]) for at, messages in enumerate(conversations)] == quick
+    if template not in AHEAD:
+        assert all(isinstance(length, int) for found in quick for length in found[::2])  # without a prompt for the next
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Any text comes back
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.sampled_from(
@@ -143,7 +220,7 @@ ANSWERS = TEXTS.filter(lambda text: text.strip())
 CONVERSATIONS = st.lists(st.tuples(TEXTS, ANSWERS), min_size=1, max_size=4)
 RENDERERS = {
     "bytes": (byte_tokenizer(), ChatRenderer(byte_tokenizer())),
-    "built-in": (own := load_tokenizer(str(OWN_TOKENIZER)), ChatRenderer(own)),
+    "built-in": (own, ChatRenderer(own)),
 }
 
 
