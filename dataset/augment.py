@@ -1,6 +1,7 @@
 """System prompts for conversations that have none, so that a model learns to answer with and without one."""
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,10 @@ from dataset.reader import Conversation
 
 @dataclass(frozen=True)
 class SystemPrompts:
-    """Gives a share of the conversations without system message and tools one of the texts; seed and line decide."""
+    """Gives a share of the conversations without system message and tools one of the texts.
+
+    A hash of the conversation and the seed decides, so that rows that say the same still do so afterwards.
+    """
 
     texts: tuple[str, ...]
     ratio: float
@@ -32,7 +36,8 @@ class SystemPrompts:
         messages = conversation.messages
         if not messages or messages[0]["role"] == "system" or conversation.tools:
             return conversation
-        digest = hashlib.sha256(f"system prompt {self.seed} {conversation.line}".encode()).digest()
+        said = json.dumps(messages, sort_keys=True)
+        digest = hashlib.sha256(f"system prompt {self.seed} {said}".encode()).digest()
         if int.from_bytes(digest[:8], "big") >= self.ratio * 2**64:
             return conversation
         text = self.texts[int.from_bytes(digest[8:16], "big") % len(self.texts)]

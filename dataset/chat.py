@@ -31,6 +31,7 @@ class RenderedChat:
 
     stretches: list[tuple[str, bool]]
     spelled: dict[str, str]
+    alone: bool = False  # one turn of several, because the template rewrites earlier ones
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Sample:
     ids: np.ndarray  # int64 (L,)
     supervised: np.ndarray  # bool (L,)
     spelled: tuple[str, ...] = ()
+    alone: bool = False  # as in RenderedChat
 
 
 class ChatRenderer:
@@ -96,7 +98,7 @@ class ChatRenderer:
         except RowError as error:
             if error.code != "UNSTABLE_TEMPLATE":
                 raise
-            if self._train_on == "all":  # every token counts, wherever turns begin and end
+            if self._train_on == "all" and False not in conversation.wishes.values():  # wherever turns begin and end
                 messages, tools, spelled = self._hide_spelled(conversation.messages, conversation.tools)
                 whole = self._template.render(messages, tools)
                 self._refuse_escaped(whole, spelled)
@@ -108,7 +110,7 @@ class ChatRenderer:
         turns = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         wanted = {"last": turns[-1:], "marked": []}.get(self._train_on, turns)
         trained = [turn for turn in turns if conversation.wishes.get(turn, turn in wanted)]
-        if not trained:
+        if not trained and self._train_on != "all":
             raise RowError("NO_SUPERVISED", f"no turn is to be trained (train_on={self._train_on})")
         return trained
 
@@ -121,12 +123,12 @@ class ChatRenderer:
         if self._train_on != "all":
             messages = messages[: trained[-1] + 1]
         rendering = self._template.rendering(messages, tools)
-        whole, stretches = rendering.text, self._cut(messages, rendering, trained, cuts=trained if alone else None)
-        if self._train_on == "all":
-            rest = whole[sum(len(text) for text, _ in stretches) :]
-            stretches = [(text, True) for text, _ in [*stretches, (rest, True)] if text]
-        self._refuse_escaped(whole, spelled)
-        return RenderedChat(stretches, spelled)
+        stretches = self._cut(messages, rendering, trained, cuts=trained if alone else None)
+        if self._train_on == "all":  # what lies between the turns and after them too
+            rest = rendering.text[sum(len(text) for text, _ in stretches) :]
+            stretches = [(text, flag or at % 2 == 0) for at, (text, flag) in enumerate([*stretches, (rest, False)])]
+        self._refuse_escaped(rendering.text, spelled)
+        return RenderedChat(stretches, spelled, alone)
 
     def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """Returns the ids after which the model writes its next message, as training has them before that answer.
@@ -155,7 +157,11 @@ class ChatRenderer:
         trained: Collection[int],
         cuts: Sequence[int] | None = None,
     ) -> list[tuple[str, bool]]:
-        """Cuts the rendered messages at their assistant turns, or at `cuts`, and ends with the last cut."""
+        """Cuts the rendered messages at their assistant turns, or at `cuts`, and ends with the last cut.
+
+        What a turn adds, from the generation prompt to the last end-of-turn token, is supervised, or what the template
+        itself marks by `{% generation %}`. What lies between is every second stretch, beginning with the first.
+        """
         whole, stretches, done = rendering.text, [], 0
         if cuts is None:
             cuts = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -165,12 +171,16 @@ class ChatRenderer:
             # that the model would have to write; and a turn that the template leaves open must not reach into the next.
             last = turn == len(messages) - 1
             bound = len(whole) if last else rendering.prefix_length(turn + 1)
-            end = whole.find(self.end_of_turn, start, bound)
-            if end < 0:
-                raise RowError("NO_END_OF_TURN", f"the template does not end message {turn} with {self.end_of_turn!r}")
-            end += len(self.end_of_turn)
-            stretches += [(whole[done:start], False), (whole[start:end], turn in trained)]
-            done = end
+            spans = [span for span in rendering.marked if done <= span[0] < bound]
+            if not rendering.marked:
+                end = whole.rfind(self.end_of_turn, start, bound)
+                if end < 0:
+                    said = f"the template does not end message {turn} with {self.end_of_turn!r}"
+                    raise RowError("NO_END_OF_TURN", said)
+                spans = [(start, end + len(self.end_of_turn))]
+            for start, end in spans:
+                stretches += [(whole[done:start], False), (whole[start:end], turn in trained)]
+                done = end
         return stretches
 
     def _refuse_escaped(self, whole: str, spelled: dict[str, str]) -> None:
@@ -265,7 +275,7 @@ class ChatRenderer:
                 for text, by in stretch:
                     ids += [self._numbers[text]] if by is None else next(encoded[by]).ids
                 mask += [supervised] * (len(ids) - len(mask))
-            sample = Sample(np.array(ids), np.array(mask), tuple(sorted(chat.spelled.values())))
+            sample = Sample(np.array(ids), np.array(mask), tuple(sorted(chat.spelled.values())), chat.alone)
             written = [self._numbers[token] for text, _ in chat.stretches for token in self._control.findall(text)]
             if not np.array_equal(self._controls_among(sample.ids), self._controls_among(np.array(written))):
                 yield RowError("SPECIAL_TEXT", "this tokenizer cannot keep text apart from the control token it spells")
@@ -292,11 +302,15 @@ class ChatRenderer:
 
 
 def show(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Returns the text of a sample with its supervised tokens in green, for a person at a terminal."""
+    """Returns the text of a sample with its supervised tokens in green, for a person at a terminal.
+
+    Control characters, with which text of the data could command the terminal, are spelled out.
+    """
     cuts = np.flatnonzero(np.diff(supervised.astype(np.int8))) + 1
     parts = []
     for run, mask in zip(np.split(ids, cuts), np.split(supervised, cuts), strict=True):
         text: Any = tokenizer.decode(run.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
         parts.append(f"{GREEN}{text}{RESET}" if mask[0] else text)
     return "".join(parts)
 

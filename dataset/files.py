@@ -6,6 +6,7 @@ strictly, because a lenient parser trains what nobody wrote.
 """
 
 import codecs
+import contextlib
 import gzip
 import json
 import math
@@ -155,19 +156,24 @@ def _table_rows(path: Path, start: bytes) -> Iterator[tuple[int, RawRow]]:
             for values in table.to_pylist():
                 row += 1
                 yield row, plain(values)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         yield row + 1, RowError("BROKEN_FILE", f"cannot be read from here on: {error}")
 
 
 def plain(value: Any) -> Any:
-    """A table's value as JSON would have it: text where JSON lacks the type (a date, say), and no keys of null.
+    """A table's value as JSON would have it: dates and such as text, bytes as the text that they are, no keys of null.
 
-    A column has every key of every row, so a key that a row never had comes back as null.
+    A column has every key of every row, so a key that a row never had comes back as null. Bytes that are no UTF-8 stay
+    bytes, for which there is no use.
     """
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [plain(item) for item in value]
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
+        return value
     return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)
 
 
@@ -231,5 +237,5 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_finite,
 
 def kind_of(value: Any) -> str:
     """The JSON type of a value, for a message."""
-    names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+    names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object", bytes: "bytes"}
     return names.get(type(value), "a number")

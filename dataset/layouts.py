@@ -46,18 +46,26 @@ class Layout:
 
 
 def _messages(row: Row, _: Fields) -> tuple[Turns, Any]:
-    return _turns(row, "messages"), row.get("tools")
+    return _with_system(row, _turns(row, "messages")), _tools(row, row["messages"])
 
 
 def _conversations(row: Row, _: Fields) -> tuple[Turns, Any]:
-    turns, tools = _turns(row, "conversations"), row.get("tools")
-    if tools is None and isinstance(turns[0], dict):
-        tools = turns[0].get("tools")  # MiniMind keeps them in the first message
-    return turns, tools
+    return _with_system(row, _turns(row, "conversations")), _tools(row, row["conversations"])
+
+
+def _with_system(row: Row, turns: Turns) -> Turns:
+    """The messages, with what the row says beside them in `system` in front."""
+    return [*_opening(row, "system"), *turns]
+
+
+def _tools(row: Row, turns: Turns) -> Any:
+    """The tools of the row, or those in its first message, where MiniMind keeps them."""
+    first = turns[0]
+    return first.get("tools") if row.get("tools") is None and isinstance(first, dict) else row.get("tools")
 
 
 def _sharegpt(row: Row, _: Fields) -> tuple[Turns, Any]:
-    turns: Turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    turns = _opening(row, "system")
     for index, turn in enumerate(_turns(row, "conversations")):
         where = f"conversations[{index}]"
         if not isinstance(turn, dict):
@@ -66,12 +74,12 @@ def _sharegpt(row: Row, _: Fields) -> tuple[Turns, Any]:
         if name not in SHAREGPT_ROLES:
             known = ", ".join(SHAREGPT_ROLES)
             raise RowError("UNKNOWN_ROLE", f"{where} is from {name[:40]!r}, known are {known}")
-        wish = {key: turn[key] for key in ("weight", "train") if key in turn}
+        more = {key: turn[key] for key in ("weight", "train", "reasoning_content") if key in turn}
         if name == "function_call":
             calls = nested_json(value, where)
-            wish |= {"tool_calls": calls if isinstance(calls, list) else [calls]}
-        turns.append({"role": SHAREGPT_ROLES[name], "content": "" if name == "function_call" else value, **wish})
-    return turns, row.get("tools")
+            more |= {"tool_calls": calls if isinstance(calls, list) else [calls]}
+        turns.append({"role": SHAREGPT_ROLES[name], "content": "" if name == "function_call" else value, **more})
+    return turns, _tools(row, row["conversations"])
 
 
 def _alpaca(row: Row, _: Fields) -> tuple[Turns, Any]:
@@ -86,7 +94,7 @@ def _alpaca(row: Row, _: Fields) -> tuple[Turns, Any]:
         if not (isinstance(pair, list) and len(pair) == 2):
             raise RowError("BAD_TYPE", f"history[{index}] must be a list of a question and an answer")
         turns += _pair(*pair)
-    return turns + _pair(question, text(row, "output", "the row")), None
+    return turns + _pair(question, text(row, "output", "the row")), row.get("tools")
 
 
 def _prompt(row: Row, _: Fields) -> tuple[Turns, Any]:
@@ -94,8 +102,9 @@ def _prompt(row: Row, _: Fields) -> tuple[Turns, Any]:
     prompt, completion = required(row, "prompt", "the row"), required(row, "completion", "the row")
     if isinstance(prompt, list) and isinstance(completion, list):
         earlier = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt]
-        return [*earlier, *completion], row.get("tools")
-    return _pair(text(row, "prompt", "the row"), text(row, "completion", "the row")), row.get("tools")
+        return _with_system(row, [*earlier, *completion]), row.get("tools")
+    pair = _pair(text(row, "prompt", "the row"), text(row, "completion", "the row"))
+    return _with_system(row, pair), row.get("tools")
 
 
 def _fields(row: Row, fields: Fields) -> tuple[Turns, Any]:

@@ -27,6 +27,7 @@ class Ledger:
     read: int = 0
     kept: int = 0
     supervised_tokens: int = 0
+    turn_by_turn: int = 0  # rows
     truncated: int = 0
     cut_tokens: int = 0
 
@@ -34,7 +35,6 @@ class Ledger:
         """Take in a sample that is kept, which had `length` tokens before it was cut."""
         self.truncated += len(sample.ids) < length
         self.cut_tokens += length - len(sample.ids)
-        self.spelled.update(sample.spelled)
         self.lengths.append(len(sample.ids))
         self.supervised_tokens += int(sample.supervised[1:].sum())
 
@@ -53,6 +53,7 @@ class Ledger:
             ],
             "samples": len(self.lengths),
             "samples_dropped": len(self.dropped),
+            "rows_turn_by_turn": self.turn_by_turn,
             "samples_truncated": self.truncated,
             "cut_tokens": self.cut_tokens,
             "tokens": tokens,
@@ -69,8 +70,11 @@ def spoken(report: dict[str, Any]) -> Iterator[str]:
     """What a person should hear about a file at every start."""
     kept, share = f"{report['rows_kept']} of {report['rows_read']} rows kept", f"{100 * report['supervised_share']:.1f}"
     yield f"{kept}, {report['tokens']} tokens, {share} % supervised"
-    if report["samples"] + report["samples_dropped"] > report["rows_kept"]:
-        yield f"the chat template rewrites earlier turns, so each turn to train is a sample: {report['samples']}"
+    if report["rows_turn_by_turn"]:
+        yield (
+            f"the chat template rewrites earlier turns of {report['rows_turn_by_turn']} rows, so each turn of theirs "
+            f"is a sample: {report['samples']} in all"
+        )
     for code, count in report["rejected_by_code"].items():
         yield f"{count} rows left out with {code}"
     if report["samples_dropped"]:

@@ -166,11 +166,13 @@ def make_loader(
 def _weigh(store: JoinedStore, samples: np.ndarray, weights: list[float], seed: int) -> list[np.ndarray]:
     """Sample numbers of each source with its share: weight 2.5 is every sample twice and half of them once more."""
     chosen = []
-    for start, end, weight in zip(store.starts, store.starts[1:], weights, strict=False):
+    for number, weight in enumerate(weights):
+        start, end = store.starts[number : number + 2]
         part = samples[(start <= samples) & (samples < end)]
         more = round((weight % 1) * len(part))
         extra = part[shuffled(len(part), f"weights {seed}")[:more]]
         chosen.append(np.sort(np.concatenate([np.repeat(part, int(weight)), extra])))
-    if not sum(map(len, chosen)):
-        raise ValueError(f"--data_path: with the weights {weights} no sample is left to train")
+        if len(part) and not len(chosen[-1]):
+            source = store.stores[number].source
+            raise ValueError(f"--data_path {source}:{weight}: with this weight none of its {len(part)} samples is left")
     return chosen

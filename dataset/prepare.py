@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from dataset.ledger import Ledger, spoken
 from dataset.reader import BAD_ROWS, OVERLONG, DataError, Defect, detect_layout
 from dataset.tokenise import Outcomes, Tokeniser, available_cores, in_blocks, map_in_order
 
-VERSION = 3  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
+VERSION = 4  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
 POLL_SECONDS = 0.2
 
 
@@ -89,7 +89,12 @@ def prepare(
         if directory.exists():
             echo(f"{directory}: damaged, made anew")
             shutil.rmtree(directory)
-        _build(path, tokenizer, options, directory, fingerprints, echo, processes or available_cores())
+        try:
+            _build(path, tokenizer, options, directory, fingerprints, echo, processes or available_cores())
+        except ChildProcessError:
+            raise
+        except OSError as error:  # a full disk says only that it is full
+            raise OSError(f"--cache_dir {cache_dir}: {error}") from error
     found = store.TokenStore(directory, source=str(path))
     if owner:
         for line in spoken(found.report):
@@ -109,8 +114,15 @@ def split(conversations: np.ndarray, fraction: float, seed: int) -> tuple[np.nda
     if len(distinct) < 2:
         raise ValueError(f"val_fraction={fraction} cannot split {len(distinct)} conversation")
     order = np.argsort(_mix(distinct + _start(f"split {seed}")), kind="stable")
-    groups = int(np.searchsorted(np.cumsum(sizes[order]), round(len(conversations) * fraction))) + 1
-    held_out = np.isin(group_of, order[: min(groups, len(distinct) - 1)])
+    wanted, chosen = max(1, round(len(conversations) * fraction)), []
+    for group in order.tolist():
+        if wanted <= 0:
+            break
+        if sizes[group] <= wanted:  # a conversation that stands there more often is trained
+            wanted -= sizes[group]
+            chosen.append(group)
+    chosen = (chosen or [int(np.argmin(sizes))])[: len(distinct) - 1]
+    held_out = np.isin(group_of, chosen)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
@@ -179,7 +191,7 @@ def _build(
     with bar, store.StoreWriter(directory, len(tokenizer)) as writer:
         for outcomes in map_in_order(tokeniser, in_blocks(read_raw_rows(path)), processes):
             for line, sample in _kept(outcomes, str(path), options, ledger):
-                writer.add(sample.ids, sample.supervised, line)
+                writer.add(sample.ids, sample.supervised, line, row=ledger.read)
             bar.update(len(outcomes))
         if not ledger.lengths:
             ledger.fatal = ledger.rejected
@@ -211,6 +223,8 @@ def _kept(outcomes: Outcomes, path: str, options: DataOptions, ledger: Ledger) -
             continue
         ledger.kept += 1
         ledger.dropped += defects
+        ledger.turn_by_turn += any(sample.alone for sample, _ in fitting)
+        ledger.spelled.update({token for sample, _ in fitting for token in sample.spelled})
         for sample, length in fitting:
             ledger.count(sample, length)
             yield line, sample
@@ -245,4 +259,4 @@ def _fit(sample: Sample, options: DataOptions) -> Sample:
     if len(targets) == 0:
         raise RowError("NO_SUPERVISED", f"none of the first {room} of {len(sample.ids)} tokens is supervised")
     length = int(targets[-1]) + 2
-    return Sample(sample.ids[:length], sample.supervised[:length], sample.spelled)
+    return replace(sample, ids=sample.ids[:length], supervised=sample.supervised[:length])

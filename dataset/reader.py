@@ -1,6 +1,7 @@
 """Conversations from data files: rows in any layout become validated messages, and every refused row a `Defect`."""
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ def _wish(turn: Message, where: str) -> bool | None:
     """Whether a message says to be trained: OpenAI's `weight` (0 or 1), or `train` (true or false)."""
     wishes = [turn[key] for key in ("weight", "train") if turn.get(key) is not None]
     for wish in wishes:
-        if not isinstance(wish, (bool, int)) or wish not in (0, 1):
+        if not isinstance(wish, (bool, int, float)) or wish not in (0, 1):
             raise RowError("BAD_TYPE", f"{where}: 'weight' must be 0 or 1 and 'train' true or false, found {wish!r}")
     if len(set(map(bool, wishes))) > 1:
         raise RowError("BAD_TYPE", f"{where} has a 'weight' and a 'train' that contradict each other")
@@ -126,7 +127,11 @@ def _parse_message(message: Any, where: str) -> Message:
     role = text(message, "role", where)
     if role == "" or role not in FOLLOWS:
         raise RowError("UNKNOWN_ROLE", f"{where} has the role {role[:40]!r}, known are {', '.join(list(FOLLOWS)[1:])}")
+    if message.get("function_call") is not None:
+        raise RowError("BAD_TYPE", f"{where} has a 'function_call': write it as 'tool_calls', which took its place")
     parsed = {key: text(message, key, where) for key in OPTIONAL_TEXTS if message.get(key) is not None}
+    if message.get("reasoning") is not None:
+        parsed.setdefault("reasoning_content", text(message, "reasoning", where))
     calls = _objects(message.get("tool_calls"), f"{where}.tool_calls")
     silent = calls and message.get("content") is None  # OpenAI's clients write null beside tool calls
     content = "" if silent else text(message, "content", where)
@@ -172,4 +177,10 @@ def _objects(value: Any, where: str) -> list[dict[str, Any]]:
         value = nested_json(value, where) if value.strip() else None
     if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
         raise RowError("BAD_TYPE", f"{where} must be a list of objects, found {kind_of(value)}")
+    try:
+        json.dumps(value, allow_nan=False)  # tables hold more than JSON can say
+    except ValueError as error:
+        raise RowError("NON_FINITE", f"{where} holds a number that is not finite") from error
+    except TypeError as error:
+        raise RowError("BAD_TYPE", f"{where} holds bytes") from error
     return value or []

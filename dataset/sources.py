@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
-HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<split>[\w\[\]:%+-]+))?")
+HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<split>[\w+-]+))?")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ def _files_of(name: str) -> list[Path]:
         if not found:
             raise ValueError("no file matches")
         return found
+    if not path.exists() and re.search(r"@.*\[.*\]$", name):
+        raise ValueError("a slice of a split cannot be read; take the split, and --file_fraction or --val_fraction")
     if not path.exists() and not name.endswith(SUFFIXES) and (hub := HUB_ID.fullmatch(name)):
         return _files_from_hub(**hub.groupdict())
     return [path]  # the reader says what is wrong with it

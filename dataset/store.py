@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = 2
+FORMAT = 3
 META = "meta.json"
 TRAINED = ("ids", "supervised", "offsets")  # the arrays that decide what is trained
 
@@ -35,9 +35,9 @@ class TokenStore:
         self.tokenizer_fingerprint: str = meta["tokenizer_fingerprint"]
         self.template_fingerprint: str = meta["template_fingerprint"]
         self.report: dict[str, Any] = {**meta["report"], "path": self.source}
-        self._ids, self._supervised, self._offsets, self._lines, self.targets, self.digests = (
+        self._ids, self._supervised, self._offsets, self._lines, self._rows, self.targets, self.digests = (
             np.asarray(np.memmap(self.directory / f"{name}.bin", dtype=meta["arrays"][name]["dtype"], mode="r"))
-            for name in ("ids", "supervised", "offsets", "lines", "targets", "digests")
+            for name in ("ids", "supervised", "offsets", "lines", "rows", "targets", "digests")
         )  # targets: supervised tokens that each sample trains; digests: equal where samples have the same ids
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -67,10 +67,14 @@ class TokenStore:
     def line(self, sample: int) -> int:
         return int(self._lines[sample])
 
+    def row(self, sample: int) -> int:
+        """Which row of the source, counted from 1; all rows of a JSON array may stand in one line."""
+        return int(self._rows[sample])
+
     @property
     def conversations(self) -> np.ndarray:
         """A number for each sample, uint64 (samples,): equal for samples of one row, and of rows that say the same."""
-        starts = np.flatnonzero(np.diff(self._lines, prepend=0))
+        starts = np.flatnonzero(np.diff(self._rows, prepend=0))
         return np.repeat(self.digests[starts], np.diff(starts, append=self.num_samples))
 
 
@@ -135,7 +139,8 @@ class StoreWriter:
         self._tmp.mkdir(parents=True)
         ids = "<u2" if vocab_size <= 2**16 else "<u4"
         self._dtypes = {
-            "ids": ids, "supervised": "|u1", "offsets": "<i8", "lines": "<i8", "targets": "<i4", "digests": "<u8"
+            "ids": ids, "supervised": "|u1", "offsets": "<i8", "lines": "<i8", "rows": "<i8", "targets": "<i4",
+            "digests": "<u8",
         }  # fmt: skip
         self._files = {name: (self._tmp / f"{name}.bin").open("wb") for name in self._dtypes}
         self._hashes = {name: hashlib.sha256() for name in self._dtypes}
@@ -147,17 +152,21 @@ class StoreWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-        shutil.rmtree(self._tmp, ignore_errors=True)  # already gone when it was published
+        try:
+            for file in self._files.values():
+                with contextlib.suppress(OSError):  # a full disk has been reported where it was met
+                    file.close()
+        finally:
+            shutil.rmtree(self._tmp, ignore_errors=True)  # already gone when it was published
 
-    def add(self, ids: np.ndarray, supervised: np.ndarray, line: int) -> None:
-        """Appends one sample; line is its line in the source, counted from 1."""
+    def add(self, ids: np.ndarray, supervised: np.ndarray, line: int, row: int) -> None:
+        """Appends one sample of a row of the source; line and row count from 1."""
         assert len(ids) == len(supervised) >= 2
         self._append("ids", ids)
         self._append("supervised", supervised)
         self._append("offsets", [self._counts["ids"]])
         self._append("lines", [line])
+        self._append("rows", [row])
         self._append("targets", [np.count_nonzero(supervised[1:])])
         digest = hashlib.blake2b(np.asarray(ids, dtype="<u4").tobytes(), digest_size=8).digest()
         self._append("digests", [int.from_bytes(digest, "little")])
@@ -207,7 +216,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """Reads the meta data of a store; raises ValueError when a file is missing or has the wrong size."""
     try:
         meta: dict[str, Any] = json.loads((directory / META).read_text(encoding="utf-8"))
-        if meta["format"] != FORMAT:
+        if not isinstance(meta["report"], dict) or meta["format"] != FORMAT:
             raise ValueError(f"{directory} has store format {meta['format']}, expected {FORMAT}")
         for name, array in meta["arrays"].items():
             size, expected = (

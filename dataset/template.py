@@ -9,6 +9,7 @@ what it would have written without that message and those after it, so one rende
 """
 
 import contextlib
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ from transformers.utils.chat_template_utils import _alias_reasoning_fields, _com
 from dataset.files import RowError
 from dataset.reader import Message
 
-SECONDS = 5.0  # that the templates of one conversation may take together
+SECONDS = 5.0  # of computing that the templates of one conversation may take together
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 BACKWARD = {"index", "index0", "first", "depth", "depth0", "previtem"}  # what `loop` knows without looking ahead
 
 Tools = list[dict[str, Any]] | None
@@ -41,39 +43,45 @@ class ChatTemplate:
 
     def rendering(self, messages: list[Message], tools: Tools, generation_prompt: bool = False) -> "Rendering":
         """As `render`, with the places in the text where its first messages end."""
-        text, ends = self._run(messages, tools, generation_prompt)
+        text, ends, marked = self._run(messages, tools, generation_prompt)
         source = self._tokenizer.get_chat_template(None, tools)
         if not looks_only_back(source) or len(ends) != len(messages) + 1:
             ends = []
         elif source not in self._closings:
             probe: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             runs = {prompt: self._run(probe, tools, prompt) for prompt in (False, True)}
-            self._closings[source] = {prompt: written[last[-1] :] for prompt, (written, last) in runs.items()}
-        return Rendering(self, messages, tools, text, ends, self._closings.get(source, {}))
+            self._closings[source] = {prompt: written[last[-1] :] for prompt, (written, last, _) in runs.items()}
+        return Rendering(self, messages, tools, text, ends, self._closings.get(source, {}), marked)
 
-    def _run(self, messages: list[Message], tools: Tools, generation_prompt: bool) -> tuple[str, list[int]]:
-        """The text, and how much of it was written when each message, and the end of them, was asked for."""
+    def _run(
+        self, messages: list[Message], tools: Tools, generation_prompt: bool
+    ) -> tuple[str, list[int], list[tuple[int, int]]]:
+        """The text, how much of it was written when each message (and their end) was asked for, and what is marked."""
         pieces: list[str] = []
         ends: list[int] = []
+        marked: list[tuple[int, int]] = []
         written = 0
 
         def note_length() -> None:
             ends.append(written)
 
         try:
-            template = _compile_jinja_template(self._tokenizer.get_chat_template(None, tools))
-            for piece in template.generate(
-                messages=WatchedList(_alias_reasoning_fields(messages), note_length), tools=tools, documents=None,
-                add_generation_prompt=generation_prompt, **self._variables,
-            ):  # fmt: skip
-                pieces.append(piece)
-                written += len(piece)
+            source = self._tokenizer.get_chat_template(None, tools)
+            template = _compile_jinja_template(source)
+            marks = GENERATION.search(source)
+            with template.environment.activate_tracker(pieces, marked) if marks else contextlib.nullcontext():
+                for piece in template.generate(
+                    messages=WatchedList(_alias_reasoning_fields(messages), note_length), tools=tools, documents=None,
+                    add_generation_prompt=generation_prompt, **self._variables,
+                ):  # fmt: skip
+                    pieces.append(piece)
+                    written += len(piece)
         except RowError:  # the time limit's
             raise
         except Exception as error:  # a template is a program of its own and may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise RowError("TEMPLATE", f"the chat template failed: {reason}") from error
-        return "".join(pieces), ends
+        return "".join(pieces), ends, marked
 
 
 class WatchedList(list):  # type: ignore[type-arg]
@@ -95,11 +103,14 @@ class Rendering:
 
     def __init__(
         self, template: ChatTemplate, messages: list[Message], tools: Tools, text: str, ends: list[int],
-        closings: dict[bool, str],
+        closings: dict[bool, str], marked: list[tuple[int, int]],
     ):  # fmt: skip
-        """`ends[n]` is the length of the first n messages, without what the template writes after the last one."""
+        """`ends[n]` is the length of the first n messages, without what the template writes after the last one.
+
+        `marked` holds the (start, end) of what stands between `{% generation %}` tags.
+        """
         self._template, self._messages, self._tools, self.text = template, messages, tools, text
-        self._ends, self._closings = ends, closings
+        self._ends, self._closings, self.marked = ends, closings, marked
 
     def prefix_length(self, count: int, generation_prompt: bool = False) -> int:
         """Length of the first `count` messages rendered alone.
@@ -184,7 +195,7 @@ def _looks_back(body: list[nodes.Node]) -> bool:
 
 @contextlib.contextmanager
 def time_limit() -> Iterator[None]:
-    """Raises RowError in the block when it takes longer than SECONDS; only a process's main thread can be told.
+    """Raises RowError in a block that computes for longer than SECONDS; only a process's main thread can be told.
 
     Python acts on a signal between two of its instructions, which a single huge one (`9 ** (9 ** 9)`) keeps waiting.
     The system itself then ends the process by SIGVTALRM, once the block has computed for two seconds more.
@@ -196,12 +207,12 @@ def time_limit() -> Iterator[None]:
     def stop(*_: object) -> NoReturn:
         raise RowError("TEMPLATE", f"the chat template failed: it took more than {SECONDS} seconds")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS + 2)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGPROF, before)

@@ -20,6 +20,8 @@ from typing import Any
 
 from scripts.evaluate import positive
 
+TOKENISED_ROWS = 20_000  # of --rows at most
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.bench_data", description=__doc__.split(":")[0] + ".")
@@ -59,17 +61,22 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, float]:
     from dataset.reader import Conversation, read_conversations
     from model.choose import OWN_TOKENIZER, load_tokenizer
 
+    if options.data_path.suffix != ".jsonl":
+        raise ValueError(f"--data_path {options.data_path}: a .jsonl file is needed")
     tokenizer, fields = load_tokenizer(str(OWN_TOKENIZER)), Fields(options.prompt_field, options.response_field)
-    chats = [row for row in read_conversations(options.data_path, fields) if isinstance(row, Conversation)]
     many = repeated(options.data_path, options.rows, work / "many.jsonl")
+    some = repeated(options.data_path, min(options.rows, TOKENISED_ROWS), work / "some.jsonl")
+    chats = [row for row in read_conversations(some, fields) if isinstance(row, Conversation)]
+    if not chats:
+        raise ValueError(f"--data_path {options.data_path}: no row can be trained; name its fields by --prompt_field")
     wanted = DataOptions(options.prompt_field, options.response_field, max_seq_len=options.max_seq_len, overlong="drop")
 
     def ours() -> None:
         shutil.rmtree(work / "cache", ignore_errors=True)
-        prepare(options.data_path, tokenizer, wanted, work / "cache", echo=lambda _: None)
+        prepare(some, tokenizer, wanted, work / "cache", echo=lambda _: None)
 
     def row_by_row() -> None:
-        with options.data_path.open(encoding="utf-8") as file:
+        with some.open(encoding="utf-8") as file:
             for line, chat in zip(file, chats, strict=False):
                 json.loads(line)
                 text = tokenizer.apply_chat_template(chat.messages, tools=chat.tools, tokenize=False)
@@ -93,7 +100,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, float]:
             ("plan", lambda: plan_rows(lengths, 1024)),
         ):  # fmt: skip
             times.setdefault(name, []).append(seconds_of(action))
-    store = prepare(options.data_path, tokenizer, wanted, work / "cache", echo=lambda _: None)
+    store = prepare(some, tokenizer, wanted, work / "cache", echo=lambda _: None)
     middle = {name: median(values) for name, values in times.items()}
     return {
         f"seconds to read and check {options.rows} rows (one process)": middle["read"],
@@ -112,7 +119,12 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     with tempfile.TemporaryDirectory() as work:
-        for name, value in measure(options, Path(work)).items():
+        try:
+            figures = measure(options, Path(work))
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ValueError) else 74
+        for name, value in figures.items():
             print(f"{name:60} {value:12,.3f}")
     return 0
 

@@ -70,17 +70,16 @@ def read_cases(path: Path, store: Any, limit: int | None) -> list[Case]:
 
     Raises ValueError for a row that has no question, such as a plain text.
     """
-    last_of_line = {store.line(sample): sample for sample in range(store.num_samples)}
-    families = {
-        line: row.get("family") for line, row in read_rows(path) if isinstance(row, dict) and line in last_of_line
-    }
+    last_of_row = {store.row(sample): sample for sample in range(store.num_samples)}
+    rows = enumerate((row for _, row in read_rows(path)), start=1)
+    families = {number: row.get("family") for number, row in rows if isinstance(row, dict) and number in last_of_row}
     cases = []
-    for line, sample in spread(list(last_of_line.items()), limit or store.num_samples):
+    for number, sample in spread(list(last_of_row.items()), limit or store.num_samples):
         ids, supervised = (array.tolist() for array in store.tokens(sample))
         if False not in supervised:
             raise ValueError(f"{store.where(sample)} has no question that could be answered")
         start = len(ids) - supervised[::-1].index(False)
-        cases.append(Case(sample, str(families[line] or "all"), ids[:start], ids[start:-1], ids[-1]))
+        cases.append(Case(sample, str(families[number] or "all"), ids[:start], ids[start:-1], ids[-1]))
     return cases
 
 

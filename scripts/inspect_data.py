@@ -31,13 +31,19 @@ small {{ color: #888; }}
 """
 
 
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.inspect_data", description=__doc__.split(":")[0] + ".", allow_abbrev=False,
         epilog="All other flags are those of the trainer: python train_full_sft.py --help",
     )  # fmt: skip
     parser.add_argument(
-        "--samples", metavar="N", type=int, default=5, help="samples to show, spread evenly (default 5)"
+        "--samples", metavar="N", type=natural, default=5, help="samples to show, spread evenly (default 5)"
     )
     parser.add_argument("--line", metavar="N", type=int, help="show the samples of this line of the file instead")
     parser.add_argument("--ids", action="store_true", help="also list every token: id, + where it is trained, text")
@@ -48,17 +54,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def chosen_samples(rows: Any, count: int, line: int | None) -> list[int]:
-    """Sample numbers to show; ValueError where the line gave no sample."""
-    samples = sorted(set(rows.samples.tolist()))
+def chosen_samples(rows: Any, count: int, line: int | None, rejects: list[dict[str, Any]]) -> list[int]:
+    """Sample numbers to show; ValueError that says what became of the line where it gave no sample."""
     if line is None:
-        count = max(0, min(count, len(samples)))
+        samples = sorted(set(rows.samples.tolist()))
+        count = min(count, len(samples))
         return [samples[index * len(samples) // count] for index in range(count)]
-    found = [sample for sample in samples if rows.store.where(sample).endswith(f":{line}")]
+    found = [sample for sample in range(rows.store.num_samples) if rows.store.where(sample).endswith(f":{line}")]
     if not found:
-        raise ValueError(
-            f"--line {line}: no sample was made from it; the ledger and rejects.jsonl say what became of it"
-        )
+        reasons = [f"{each['path']}: {each['code']} {each['message']}" for each in rejects if each["line"] == line]
+        raise ValueError(f"--line {line}: no sample was made from it; {'; '.join(reasons) or 'there is no such line'}")
     return found
 
 
@@ -127,7 +132,7 @@ def inspect(options: argparse.Namespace, config: Any) -> None:
         echo=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     rows = data.train
-    samples = chosen_samples(rows, options.samples, options.line)
+    samples = chosen_samples(rows, options.samples, options.line, data.rejects)
     if options.html:
         options.html.write_text(page(rows, samples, tokenizer, options.ids), encoding="utf-8")
         print(f"samples: {options.html}")

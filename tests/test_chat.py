@@ -344,6 +344,43 @@ def test_all_trains_every_token_also_under_an_unstable_template():
     ]  # fmt: skip
 
 
+def test_all_leaves_out_what_says_that_it_is_not_to_be_trained():
+    conversation = Conversation(1, turns("a", "bad", "c", "d"), wishes={1: False})
+    ((sample,),) = ChatRenderer(byte_tokenizer(), "all").render_batch([conversation])
+    assert sample.ids[~sample.supervised].tolist() == [*b"bad", END]
+    silent = Conversation(1, turns("a", "bad"), wishes={1: False})
+    ((sample,),) = ChatRenderer(byte_tokenizer(), "all").render_batch([silent])
+    assert sample.ids[~sample.supervised].tolist() == [*b"bad", END] and sample.supervised.sum() > 5
+
+
+TWICE = PLAIN.replace("{{- '<|im_end|>' }}", "{{- '<|im_end|>\n<|im_start|>assistant\nsure<|im_end|>' }}")
+
+
+def test_a_turn_of_two_ends_is_trained_to_the_last():
+    sample = plain_answer(turns("a", "b", "c", "d"), template=TWICE)
+    turn = [END, *b"\n", START, *b"assistant\nsure", END]
+    assert sample.ids[sample.supervised].tolist() == [*b"b", *turn, *b"d", *turn]
+
+
+def test_the_marks_of_a_template_outrank_our_own():
+    marked = PLAIN.replace(
+        "{{- message.content }}", "Hello! {% generation %}{{- message.content }}<|im_end|>{% endgeneration %}", 1
+    ).replace("{{- '<|im_end|>' }}", "")
+    tokenizer = byte_tokenizer(marked)
+    messages = turns("a", "b", "c", "d")
+    sample = ChatRenderer(tokenizer).render(messages)
+    oracle = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    assert sample.ids.tolist() == oracle["input_ids"][: len(sample.ids)]
+    assert sample.supervised.tolist() == [bool(flag) for flag in oracle["assistant_masks"][: len(sample.ids)]]
+    assert sample.ids[sample.supervised].tolist() == [*b"b", END, *b"d", END]
+
+
+def test_text_cannot_command_the_terminal():
+    tokenizer = byte_tokenizer()
+    ids = np.array([*b"x\x1b]0;\x07\ty\n"])
+    assert show(ids, np.zeros(len(ids), dtype=bool), tokenizer) == "x\\x1b]0;\\x07\ty\n"
+
+
 def test_a_rendered_template_is_that_of_transformers():
     tokenizer = byte_tokenizer("{{ eos_token }}{{ bos_token }}{{ messages | tojson }}{{ tools | tojson }}" + PLAIN)
     messages = [*turns("a", "<b>é"), {"role": "user", "content": "c"}]

@@ -59,10 +59,22 @@ def test_an_error_can_be_sent_to_another_process():
 def test_what_json_has_no_type_for_is_text(tmp_path):
     from pyarrow import Table, parquet
 
-    row = {"day": datetime.date(2024, 2, 29), "raw": b"x", "nested": [{"at": datetime.datetime(2024, 1, 1)}], "n": 1.5}
+    row = {
+        "day": datetime.date(2024, 2, 29),
+        "raw": "é".encode(),
+        "bad": b"\xff",
+        "nested": [{"at": datetime.datetime(2024, 1, 1)}],
+        "n": 1.5,
+    }
     parquet.write_table(Table.from_pylist([row]), tmp_path / "rows.parquet")
     ((_, found),) = read_rows(tmp_path / "rows.parquet")
-    assert found == {"day": "2024-02-29", "raw": "b'x'", "nested": [{"at": "2024-01-01 00:00:00"}], "n": 1.5}
+    assert found == {
+        "day": "2024-02-29",
+        "raw": "é",
+        "bad": b"\xff",
+        "nested": [{"at": "2024-01-01 00:00:00"}],
+        "n": 1.5,
+    }
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "stream"])
@@ -128,3 +140,12 @@ def test_a_wrong_array_is_read_as_far_as_it_goes(tmp_path, text, expected):
 def test_a_columnar_file_that_is_none_is_broken(tmp_path, start):
     (tmp_path / "rows").write_bytes(start + b"\x10\x00\x00\x00nonsense" * 20)
     assert codes(tmp_path / "rows") == [(1, "BROKEN_FILE")]
+
+
+def test_a_column_of_strings_that_are_none_is_a_broken_file(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    column = pyarrow.array([b"ok", b"\xff\xfe"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "rows.parquet")
+    assert codes(tmp_path / "rows.parquet") == [(1, "BROKEN_FILE")]

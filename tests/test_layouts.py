@@ -155,6 +155,44 @@ def test_a_named_layout_is_taken_whatever_the_rows_look_like(tmp_path):
     assert conversation.text == "whole"
 
 
+def test_instructions_and_tools_beside_the_messages_are_read_in_every_layout(tmp_path):
+    turns = [says("user", "a"), says("assistant", "b")]
+    speakers = [{"from": "human", "value": "a", "tools": TOOLS}, {"from": "gpt", "value": "b"}]
+    rows = [
+        {"messages": turns, "system": "s", "tools": TOOLS},
+        {"messages": [says("user", "a", tools=TOOLS), turns[1]], "system": "s"},
+        {"conversations": turns, "system": "s", "tools": TOOLS},
+        {"prompt": "a", "completion": "b", "system": "s", "tools": TOOLS},
+        {"prompt": turns[:1], "completion": turns[1:], "system": "s", "tools": TOOLS},
+        {"instruction": "a", "output": "b", "system": "s", "tools": TOOLS},
+        {"conversations": speakers, "system": "s"},
+    ]
+    for row in rows:
+        (found,) = read_conversations(write(tmp_path, row), Fields())
+        assert (found.messages, found.tools) == ([says("system", "s"), *turns], TOOLS), row
+
+
+def test_reasoning_has_two_names(tmp_path):
+    for row in (
+        {"messages": [says("user", "a"), says("assistant", "b", reasoning="r")]},
+        {"messages": [says("user", "a"), says("assistant", "b", reasoning_content="r")]},
+        {"conversations": [SHAREGPT_TURN, {"from": "gpt", "value": "b", "reasoning_content": "r"}]},
+    ):
+        (found,) = read_conversations(write(tmp_path, row), Fields())
+        assert found.messages[1]["reasoning_content"] == "r"
+
+
+def test_what_a_table_holds_and_json_could_not_say_is_refused(tmp_path):
+    from pyarrow import Table, parquet
+
+    for value, code in ((float("nan"), "NON_FINITE"), (b"\xff", "BAD_TYPE")):
+        tools = [{"name": "look", "x": value}]
+        rows = [{"messages": [says("user", "a"), says("assistant", "b")], "tools": tools}]
+        parquet.write_table(Table.from_pylist(rows), tmp_path / "rows.parquet")
+        (found,) = read_conversations(tmp_path / "rows.parquet", Fields())
+        assert isinstance(found, Defect) and found.code == code
+
+
 SHAREGPT_TURN = {"from": "human", "value": "a"}
 
 

@@ -105,6 +105,7 @@ BAD_ROWS = [
     ("EMPTY_ASSISTANT", chat(user(), assistant(" \n\t"), user(), assistant())),
     ("EMPTY_ASSISTANT", chat(user(), assistant("", tool_calls=[], reasoning_content=" "))),
     ("BAD_TYPE", chat(user(), assistant(weight=0.5))),
+    ("BAD_TYPE", chat(user(), assistant(function_call={"name": "look", "arguments": "{}"}))),
     ("BAD_TYPE", chat(user(), assistant(train="no"))),
     ("BAD_TYPE", chat(user(), assistant(train=True, weight=0))),
     ("BAD_TYPE", chat({**user(), "train": True}, assistant())),

@@ -29,7 +29,7 @@ SAMPLES = [  # ids, and the mask of what is supervised
 def store(tmp_path: Path) -> TokenStore:
     with StoreWriter(tmp_path / "store", vocab_size=100) as writer:
         for line, (ids, supervised) in enumerate(SAMPLES, start=1):
-            writer.add(np.array(ids), np.array(supervised, dtype=np.bool_), line)
+            writer.add(np.array(ids), np.array(supervised, dtype=np.bool_), line, line)
         writer.publish(source="rows.jsonl", report={}, tokenizer_fingerprint="", template_fingerprint="")
     return TokenStore(tmp_path / "store")
 

@@ -155,8 +155,9 @@ def test_the_ledger_counts_what_is_trained_and_held_out(tmp_path):
     report = load(tmp_path, f"{a}:3,{b}", val_fraction=0.25).report
     train, held_out = report["train"], report["held_out"]
     assert held_out["samples"] == 10 and train["samples"] == 3 * 15 + 15  # a row and its twin are on the same side
-    lengths = load(tmp_path, f"{a},{b}").train.store.lengths
-    assert train["tokens"] + held_out["tokens"] > lengths.sum()
+    store = load(tmp_path, f"{a},{b}").train.store  # both files hold the same
+    of_one = sum(len(store.tokens(sample)[0]) for sample in range(20))
+    assert train["tokens"] == 4 * (of_one - held_out["tokens"] // 2)
     assert train["duplicates"] == train["samples"] - 15 and held_out["duplicates"] == 5
     assert 0 < train["supervised_tokens"] < train["tokens"]
 
@@ -178,3 +179,48 @@ def test_what_was_left_out_is_said_at_every_start(tmp_path):
         load_rows(request, load_tokenizer(str(OWN_TOKENIZER)), True, echo=said[-1].append)
     for lines in said:
         assert any(line.endswith("1 rows left out with MISSING_FIELD") for line in lines)
+
+
+def write_array(path: Path, rows: list[dict]) -> Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_rows_that_share_a_line_are_rows_of_their_own(tmp_path):
+    rows = [{"prompt": f"{number}?", "completion": str(number)} for number in range(100)]
+    data = load(tmp_path, str(write_array(tmp_path / "a.json", rows)), val_fraction=0.1)
+    assert (data.report["train"]["samples"], data.report["held_out"]["samples"]) == (90, 10)
+    assert [data.train.store.stores[0].row(sample) for sample in range(3)] == [1, 2, 3]
+
+
+def test_equal_rows_stay_on_one_side_also_with_system_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("Be brief.\nBe kind.\n")
+    rows = [{"prompt": f"{number % 50}?", "completion": "yes"} for number in range(400)]
+    path = write_array(tmp_path / "a.json", rows)
+    wanted = {"val_fraction": 0.2, "system_prompts": str(tmp_path / "prompts.txt"), "system_prompt_ratio": 0.5}
+    data = load(tmp_path, str(path), **wanted)
+    asked = [
+        {rows[part.store.stores[0].row(sample) - 1]["prompt"] for sample in part.samples.tolist()}
+        for part in (data.train, data.held_out)
+    ]
+    assert not asked[0] & asked[1] and len(asked[1]) == 10
+
+
+def test_a_conversation_that_stands_there_often_is_not_held_out_for_many(tmp_path):
+    rows = [{"prompt": "a?", "completion": "b"}] * 90 + [{"prompt": f"{n}?", "completion": "b"} for n in range(10)]
+    path = write_array(tmp_path / "a.json", rows)
+    for seed in range(5):
+        request = DataRequest(str(path), val_fraction=0.1, seed=seed, cache_dir=str(tmp_path / "cache"))
+        data = load_rows(request, load_tokenizer(str(OWN_TOKENIZER)), True, echo=lambda line: None)
+        assert len(data.held_out.samples) <= 10
+
+
+def test_a_weight_that_leaves_nothing_of_a_file_is_an_error(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", 10), write(tmp_path / "b.jsonl", 1)
+    with pytest.raises(ValueError, match="b.jsonl:0.5: with this weight none of its 1 samples is left"):
+        load(tmp_path, f"{a},{b}:0.5")
+
+
+def test_a_slice_of_a_hub_split_is_refused():
+    with pytest.raises(ValueError, match="a slice of a split cannot be read"):
+        find_sources("owner/name@train[:10]")

@@ -84,7 +84,7 @@ def test_a_store_gives_back_what_the_template_renders(tmp_path, tokenizer):
 
 def test_a_large_vocabulary_gets_wider_ids(tmp_path):
     with StoreWriter(tmp_path / "store", vocab_size=100_000) as writer:
-        writer.add(np.array([99_999, 5]), np.array([False, True]), line=1)
+        writer.add(np.array([99_999, 5]), np.array([False, True]), line=1, row=1)
         writer.publish(source="x", report={}, tokenizer_fingerprint="", template_fingerprint="")
     ids, supervised = TokenStore(tmp_path / "store").tokens(0)
     assert (ids.dtype, ids.tolist(), supervised.tolist()) == (np.uint32, [99_999, 5], [False, True])
@@ -258,8 +258,8 @@ def test_a_store_can_be_sent_to_a_worker(tmp_path, tokenizer):
 def _build_slowly(path: Path, tokenizer: PreTrainedTokenizerFast, cache: Path, started: Any) -> None:
     real_add = StoreWriter.add
 
-    def slow_add(self: StoreWriter, *sample: Any) -> None:
-        real_add(self, *sample)
+    def slow_add(self: StoreWriter, *sample: Any, **named: Any) -> None:
+        real_add(self, *sample, **named)
         started.set()
         time.sleep(60)
 
@@ -328,8 +328,8 @@ def test_a_store_that_another_owner_published_first_stands(tmp_path):
     meta = {"source": "x", "report": {}, "tokenizer_fingerprint": "", "template_fingerprint": ""}
     sample = np.array([1, 2]), np.array([False, True])
     with StoreWriter(tmp_path / "store", 10) as first, StoreWriter(tmp_path / "store", 10) as second:
-        first.add(*sample, line=1)
-        second.add(*sample, line=2)
+        first.add(*sample, line=1, row=1)
+        second.add(*sample, line=2, row=2)
         first.publish(**meta)
         second.publish(**meta)
     assert stores_in(tmp_path) == [tmp_path / "store"]

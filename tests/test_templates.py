@@ -243,11 +243,3 @@ def test_any_text_is_trained_as_it_was_written(which, pairs, system):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert (sample.ids == end).sum() == len(messages)  # what the text spells is text
     assert sample.ids[-1] == end and sample.supervised[-1]
-
-
-def test_the_oracle_sees_a_mask_that_is_wrong():
-    tokenizer = tokenizer_of("ChatML")
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids, mask = oracle(tokenizer, "ChatML", messages)
-    assert tokenizer.decode([token for token, flag in zip(ids, mask, strict=True) if flag]) == "b<|im_end|>"
-    assert PLAIN and mask != [True] * len(mask)

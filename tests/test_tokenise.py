@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,21 +107,28 @@ def alive(pid: int) -> bool:
 PROMPTS = SystemPrompts(("Be brief.", "Be kind."), 0.25, 7)
 
 
-def conversation(line: int, **more) -> Conversation:
-    return Conversation(line, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], **more)
+def conversation(number: int, **more) -> Conversation:
+    messages = [{"role": "user", "content": f"a {number}"}, {"role": "assistant", "content": "b"}]
+    return Conversation(number, messages, **more)
 
 
 def test_a_share_of_the_conversations_gets_a_system_prompt():
-    added = [PROMPTS.add_to(conversation(line, wishes={1: True})) for line in range(4000)]
+    added = [PROMPTS.add_to(conversation(number, wishes={1: True})) for number in range(4000)]
     texts = [each.messages[0]["content"] for each in added if each.messages[0]["role"] == "system"]
     assert 900 < len(texts) < 1100
     assert 400 < texts.count("Be kind.") < 600
     for each in added:
         ((turn, wish),) = each.wishes.items()
         assert wish and each.messages[turn]["content"] == "b"  # the wish stays with its message
-    assert [PROMPTS.add_to(conversation(line, wishes={1: True})) for line in range(4000)] == added
+    assert [PROMPTS.add_to(conversation(number, wishes={1: True})) for number in range(4000)] == added
     other = SystemPrompts(PROMPTS.texts, 0.25, 8)
-    assert [other.add_to(conversation(line, wishes={1: True})) for line in range(4000)] != added
+    assert [other.add_to(conversation(number, wishes={1: True})) for number in range(4000)] != added
+
+
+def test_rows_that_say_the_same_get_the_same_prompt():
+    for number in range(100):
+        first = PROMPTS.add_to(conversation(number))
+        assert PROMPTS.add_to(replace(conversation(number), line=number + 500)).messages == first.messages
 
 
 def test_conversations_that_have_instructions_keep_them():
