@@ -287,7 +287,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     processes = start_processes(config.device, config.group_timeout_seconds)
     if config.deterministic:
         use_deterministic_kernels()
-    dtype = {"auto": "bfloat16" if processes.device.type == "cuda" else "float32"}.get(config.dtype, config.dtype)
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if processes.device.type == "cuda" else "float32"
 
     # 3. Model
     model = choose_model(from_weight, config.shape, config.dropout, config.seed, len(tokenizer)).to(processes.device)

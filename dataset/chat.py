@@ -99,11 +99,8 @@ class ChatRenderer:
             if error.code != "UNSTABLE_TEMPLATE":
                 raise
             if self._train_on == "all" and False not in conversation.wishes.values():  # wherever turns begin and end
-                messages, tools, spelled = self._hide_spelled(conversation.messages, conversation.tools)
-                whole = self._template.render(messages, tools)
-                self._refuse_escaped(whole, spelled)
-                return [RenderedChat([(whole, True)], spelled)]
-            return [self._render_turns(conversation, [turn], alone=True) for turn in trained]
+                return [self._render_turns(conversation, trained, cuts=())]
+            return [self._render_turns(conversation, [turn], cuts=[turn]) for turn in trained]
 
     def _trained_turns(self, conversation: Conversation) -> list[int]:
         """Numbers of the assistant messages to train; a message's own wish outranks the option."""
@@ -114,21 +111,23 @@ class ChatRenderer:
             raise RowError("NO_SUPERVISED", f"no turn is to be trained (train_on={self._train_on})")
         return trained
 
-    def _render_turns(self, conversation: Conversation, trained: list[int], alone: bool = False) -> RenderedChat:
+    def _render_turns(
+        self, conversation: Conversation, trained: list[int], cuts: Sequence[int] | None = None
+    ) -> RenderedChat:
         """Renders up to the last turn to train and cuts where supervision begins and ends.
 
-        `alone` cuts nowhere but at that one turn, so that a template may render earlier turns as it likes.
+        With `cuts`, nowhere but at those turns, so that a template may render the others as it likes.
         """
         messages, tools, spelled = self._hide_spelled(conversation.messages, conversation.tools)
         if self._train_on != "all":
             messages = messages[: trained[-1] + 1]
         rendering = self._template.rendering(messages, tools)
-        stretches = self._cut(messages, rendering, trained, cuts=trained if alone else None)
+        stretches = self._cut(messages, rendering, trained, cuts)
         if self._train_on == "all":  # what lies between the turns and after them too
             rest = rendering.text[sum(len(text) for text, _ in stretches) :]
             stretches = [(text, flag or at % 2 == 0) for at, (text, flag) in enumerate([*stretches, (rest, False)])]
         self._refuse_escaped(rendering.text, spelled)
-        return RenderedChat(stretches, spelled, alone)
+        return RenderedChat(stretches, spelled, alone=bool(cuts))
 
     def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """Returns the ids after which the model writes its next message, as training has them before that answer.
@@ -306,13 +305,19 @@ def show(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizer
 
     Control characters, with which text of the data could command the terminal, are spelled out.
     """
-    cuts = np.flatnonzero(np.diff(supervised.astype(np.int8))) + 1
     parts = []
+    for text, is_supervised in texts_of(ids, supervised, tokenizer):
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
+        parts.append(f"{GREEN}{text}{RESET}" if is_supervised else text)
+    return "".join(parts)
+
+
+def texts_of(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, bool]]:
+    """Yields the (text, supervised) stretches of a sample."""
+    cuts = np.flatnonzero(np.diff(supervised.astype(np.int8))) + 1
     for run, mask in zip(np.split(ids, cuts), np.split(supervised, cuts), strict=True):
         text: Any = tokenizer.decode(run.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
-        parts.append(f"{GREEN}{text}{RESET}" if mask[0] else text)
-    return "".join(parts)
+        yield text, bool(mask[0])
 
 
 def _strings(value: Any) -> Iterator[str]:

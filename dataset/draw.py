@@ -49,7 +49,7 @@ class EpochDraw:
     def num_rows(self, epoch: int) -> int:
         key = epoch if self._draws else 0  # laying the same samples anew changes no length of a row
         if key not in self._num_rows:
-            self._num_rows[key] = self(key)[0].num_rows
+            self(key)
         return self._num_rows[key]
 
     def __call__(self, epoch: int) -> tuple[RowPlan, np.ndarray]:
@@ -57,7 +57,9 @@ class EpochDraw:
         samples = self._samples(epoch)
         if self._repack:  # samples of the same length change places
             samples = samples[shuffled(len(samples), f"repack {self._seed} {epoch}")]
-        return plan_rows(self._lengths[samples], self._max_seq_len, self._packing), samples
+        plan = plan_rows(self._lengths[samples], self._max_seq_len, self._packing)
+        self._num_rows[epoch if self._draws else 0] = plan.num_rows
+        return plan, samples
 
     def _samples(self, epoch: int) -> np.ndarray:
         if not self._draws:

@@ -17,7 +17,7 @@ from dataset.demo import write_demo
 from dataset.draw import DrawnRows, EpochDraw
 from dataset.ledger import report_of
 from dataset.packing import plan_rows
-from dataset.prepare import DataOptions, prepare, shuffled, split
+from dataset.prepare import DataOptions, hash_tokenizer, prepare, shuffled, split
 from dataset.reader import DataError
 from dataset.rows import PackedRows, collate
 from dataset.sources import Source, find_sources
@@ -72,14 +72,16 @@ def load_rows(
     if request.system_prompts:
         prompts = SystemPrompts.from_file(request.system_prompts, request.system_prompt_ratio, request.seed)
         prompted = replace(plain, system_prompts=prompts)
+    hashes = hash_tokenizer(tokenizer)
     stores, defects, every = [], [], []
     for source, options in [*((each, prompted) for each in sources), *((each, plain) for each in val_sources)]:
         try:
             stores.append(
                 prepare(
-                    source.path, tokenizer, options, request.cache_dir, owner, echo, processes=request.tokenize_workers
+                    source.path, tokenizer, options, request.cache_dir, owner, echo,
+                    processes=request.tokenize_workers, tokenizer_hashes=hashes,
                 )
-            )
+            )  # fmt: skip
         except DataError as error:
             defects, every = defects + error.defects, every + error.every
     if defects:

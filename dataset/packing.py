@@ -59,9 +59,8 @@ def plan_rows(lengths: np.ndarray, max_seq_len: int, packing: bool = True) -> Ro
     row_of = np.arange(len(sizes))
     if packing:
         picked, rows = _fill_rows(sizes, max_seq_len)
-        row_of[np.argsort(-sizes, kind="stable")] = rows[
-            np.argsort(-picked, kind="stable")
-        ]  # equal sizes: sample order
+        longest_first = np.argsort(-sizes, kind="stable")  # equal sizes in sample order
+        row_of[longest_first] = rows[np.argsort(-picked, kind="stable")]
 
     _, first_samples = np.unique(row_of, return_index=True)
     row_of = np.argsort(np.argsort(first_samples))[row_of]

@@ -71,14 +71,16 @@ def prepare(
     echo: Callable[[str], None] = print,
     timeout_seconds: float | None = None,
     processes: int | None = None,
+    tokenizer_hashes: dict[str, str] | None = None,
 ) -> store.TokenStore:
     """Returns the token store of a data file, which the owner builds if there is none yet, on all cores or `processes`.
 
     Several owners at once do no harm: the first to finish publishes. A process that is no owner waits, and raises
     TimeoutError after timeout_seconds. Raises DataError with all defects when the data cannot be trained as asked.
+    Who prepares many files hashes the tokenizer once: `tokenizer_hashes` is what hash_tokenizer gives.
     """
     path = Path(path)
-    fingerprints = _fingerprints(path, tokenizer)
+    fingerprints = {"content": _hash_file(path), **(tokenizer_hashes or hash_tokenizer(tokenizer))}
     key = json.dumps([VERSION, store.FORMAT, asdict(options), fingerprints], sort_keys=True)
     directory = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()
     if not owner:
@@ -143,11 +145,11 @@ def _mix(numbers: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _fingerprints(path: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """Hashes of all of a tokenizer that decides tokens; a large vocabulary takes a second."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return {
-        "content": _hash_file(path),
         "tokenizer": _hash_json([backend, special]),
         "template": _hash_json(tokenizer.chat_template),
     }
@@ -167,7 +169,7 @@ def _hash_file(path: Path) -> str:
 
 def _wait_for(directory: Path, timeout_seconds: float | None) -> None:
     started = time.monotonic()
-    while not (store.is_published(directory) and store.is_intact(directory)):
+    while not store.is_intact(directory):
         if timeout_seconds is not None and time.monotonic() - started > timeout_seconds:
             raise TimeoutError(f"no token store appeared in {directory} within {timeout_seconds} seconds")
         time.sleep(POLL_SECONDS)

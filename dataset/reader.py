@@ -177,10 +177,12 @@ def _objects(value: Any, where: str) -> list[dict[str, Any]]:
         value = nested_json(value, where) if value.strip() else None
     if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
         raise RowError("BAD_TYPE", f"{where} must be a list of objects, found {kind_of(value)}")
+    if not value:
+        return []
     try:
         json.dumps(value, allow_nan=False)  # tables hold more than JSON can say
     except ValueError as error:
         raise RowError("NON_FINITE", f"{where} holds a number that is not finite") from error
     except TypeError as error:
         raise RowError("BAD_TYPE", f"{where} holds bytes") from error
-    return value or []
+    return value

@@ -50,14 +50,16 @@ def _files_of(name: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
         return _files_in(path)
-    if not path.exists() and glob.has_magic(name) and "@" not in name:
+    if path.exists():
+        return [path]
+    if glob.has_magic(name) and "@" not in name:
         found = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
         if not found:
             raise ValueError("no file matches")
         return found
-    if not path.exists() and re.search(r"@.*\[.*\]$", name):
+    if re.search(r"@.*\[.*\]$", name):
         raise ValueError("a slice of a split cannot be read; take the split, and --file_fraction or --val_fraction")
-    if not path.exists() and not name.endswith(SUFFIXES) and (hub := HUB_ID.fullmatch(name)):
+    if not name.endswith(SUFFIXES) and (hub := HUB_ID.fullmatch(name)):
         return _files_from_hub(**hub.groupdict())
     return [path]  # the reader says what is wrong with it
 

@@ -91,23 +91,23 @@ class JoinedStore:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Stored tokens of each sample, int64 (samples,)."""
-        return np.concatenate([store.lengths for store in self.stores])
+        """As TokenStore.lengths."""
+        return self._joined("lengths")
 
     @property
     def targets(self) -> np.ndarray:
         """As TokenStore.targets."""
-        return np.concatenate([store.targets for store in self.stores])
+        return self._joined("targets")
 
     @property
     def digests(self) -> np.ndarray:
         """As TokenStore.digests."""
-        return np.concatenate([store.digests for store in self.stores])
+        return self._joined("digests")
 
     @property
     def conversations(self) -> np.ndarray:
         """As TokenStore.conversations."""
-        return np.concatenate([store.conversations for store in self.stores])
+        return self._joined("conversations")
 
     @property
     def fingerprint(self) -> str:
@@ -122,6 +122,14 @@ class JoinedStore:
         """As TokenStore.where."""
         store, number = self._find(sample)
         return store.where(number)
+
+    def line(self, sample: int) -> int:
+        """As TokenStore.line."""
+        store, number = self._find(sample)
+        return store.line(number)
+
+    def _joined(self, name: str) -> np.ndarray:
+        return np.concatenate([getattr(store, name) for store in self.stores])
 
     def _find(self, sample: int) -> tuple[TokenStore, int]:
         if not 0 <= sample < self.num_samples:
@@ -169,8 +177,9 @@ class StoreWriter:
         self._append("rows", [row])
         self._append("targets", [np.count_nonzero(supervised[1:])])
         digest = hashlib.blake2b(np.asarray(ids, dtype="<u4").tobytes(), digest_size=8).digest()
-        self._append("digests", [int.from_bytes(digest, "little")])
-        self._seen.append(int.from_bytes(digest, "little"))
+        number = int.from_bytes(digest, "little")
+        self._append("digests", [number])
+        self._seen.append(number)
 
     @property
     def duplicates(self) -> int:

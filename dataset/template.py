@@ -24,7 +24,6 @@ from dataset.files import RowError
 from dataset.reader import Message
 
 SECONDS = 5.0  # of computing that the templates of one conversation may take together
-GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 BACKWARD = {"index", "index0", "first", "depth", "depth0", "previtem"}  # what `loop` knows without looking ahead
 
 Tools = list[dict[str, Any]] | None
@@ -68,8 +67,8 @@ class ChatTemplate:
         try:
             source = self._tokenizer.get_chat_template(None, tools)
             template = _compile_jinja_template(source)
-            marks = GENERATION.search(source)
-            with template.environment.activate_tracker(pieces, marked) if marks else contextlib.nullcontext():
+            tracked = has_marks(source)
+            with template.environment.activate_tracker(pieces, marked) if tracked else contextlib.nullcontext():
                 for piece in template.generate(
                     messages=WatchedList(_alias_reasoning_fields(messages), note_length), tools=tools, documents=None,
                     add_generation_prompt=generation_prompt, **self._variables,
@@ -132,6 +131,12 @@ class Rendering:
                 "rest",
             )
         return len(alone)
+
+
+@lru_cache
+def has_marks(source: str) -> bool:
+    """Whether a template says by `{% generation %}` tags what the assistant writes."""
+    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
 
 
 @lru_cache

@@ -132,7 +132,7 @@ def load(options: argparse.Namespace) -> Talk:
     from trainer_utils import choose_device
 
     for text in filter(None, [options.system, *(options.prompt or [])]):
-        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"{text!r} is not UTF-8")
     directory = exported_directory(options.directory)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)

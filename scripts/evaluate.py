@@ -59,6 +59,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def exit_code_of(error: ValueError | OSError) -> int:
+    """That of the trainer: 65 for data, 2 for usage, 74 for files."""
+    return 65 if isinstance(error, DataError) else 2 if isinstance(error, ValueError) else 74
+
+
 def spread(items: list[Any], count: int) -> list[Any]:
     """At most `count` items, evenly spaced: many files are sorted, and their first items speak for one kind only."""
     count = min(count, len(items))
@@ -195,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         replace_json(out, strict({**result, "examples": spread(result["examples"], 10)}))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 65 if isinstance(error, DataError) else 2 if isinstance(error, ValueError) else 74
+        return exit_code_of(error)
     print_result(result, options.show)
     print(f"written to {out}")
     return 0

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scripts.evaluate import exit_code_of, spread
 from training.config import config_from_command_line
 
 PAGE = """<!doctype html>
@@ -57,23 +58,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def chosen_samples(rows: Any, count: int, line: int | None, rejects: list[dict[str, Any]]) -> list[int]:
     """Sample numbers to show; ValueError that says what became of the line where it gave no sample."""
     if line is None:
-        samples = sorted(set(rows.samples.tolist()))
-        count = min(count, len(samples))
-        return [samples[index * len(samples) // count] for index in range(count)]
-    found = [sample for sample in range(rows.store.num_samples) if rows.store.where(sample).endswith(f":{line}")]
+        return spread(sorted(set(rows.samples.tolist())), count)
+    found = [sample for sample in range(rows.store.num_samples) if rows.store.line(sample) == line]
     if not found:
         reasons = [f"{each['path']}: {each['code']} {each['message']}" for each in rejects if each["line"] == line]
         raise ValueError(f"--line {line}: no sample was made from it; {'; '.join(reasons) or 'there is no such line'}")
     return found
-
-
-def runs_of(ids: Any, supervised: Any, tokenizer: Any) -> list[tuple[str, bool]]:
-    """A sample as (text, supervised) stretches."""
-    import numpy as np
-
-    cuts = np.flatnonzero(np.diff(supervised.astype(np.int8))) + 1
-    runs = zip(np.split(ids, cuts), np.split(supervised, cuts), strict=True)
-    return [(tokenizer.decode(run.tolist(), clean_up_tokenization_spaces=False), bool(mask[0])) for run, mask in runs]
 
 
 def token_lines(ids: Any, supervised: Any, tokenizer: Any) -> str:
@@ -83,10 +73,12 @@ def token_lines(ids: Any, supervised: Any, tokenizer: Any) -> str:
 
 def page(rows: Any, samples: list[int], tokenizer: Any, with_ids: bool) -> str:
     """The samples as one page without scripts; their text is escaped."""
+    from dataset.chat import texts_of
+
     parts = []
     for sample in samples:
         ids, supervised = rows.store.tokens(sample)
-        stretches = runs_of(ids, supervised, tokenizer)
+        stretches = texts_of(ids, supervised, tokenizer)
         body = "".join(f"<mark>{html.escape(t)}</mark>" if trained else html.escape(t) for t, trained in stretches)
         counts = f"{len(ids)} tokens, {int(supervised[1:].sum())} supervised"
         parts.append(f"<h2>{html.escape(rows.store.where(sample))} <small>{counts}</small></h2>\n<pre>{body}</pre>")
@@ -155,10 +147,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         inspect(options, config)
     except (ValueError, OSError) as error:
-        from dataset.reader import DataError
-
         print(f"error: {error}", file=sys.stderr)
-        return 65 if isinstance(error, DataError) else 2 if isinstance(error, ValueError) else 74
+        return exit_code_of(error)
     return 0
 
 

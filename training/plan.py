@@ -18,23 +18,16 @@ class Plan:
     rows_of: Callable[[int], int]  # rows of each epoch
     window_rows: int  # rows of a step
     total_steps: int
+    epochs: int  # that the run begins
     extra_steps: int  # steps done beyond what the position in the data takes at this window size, see make_plan
     log_interval: str
     eval_interval: str
     save_interval: str
     lr: Callable[[int], float]
 
-    def steps_of(self, epoch: int) -> int:
-        return -(-self.rows_of(epoch) // self.window_rows)
-
-    @property
-    def epochs(self) -> int:
-        """Epochs that the run begins."""
-        epochs, left = 0, self.total_steps - self.extra_steps
-        while left > 0:
-            left -= self.steps_of(epochs)
-            epochs += 1
-        return epochs
+    def steps_of(self, epoch: int, rows_done: int = 0) -> int:
+        """Steps that an epoch takes from the row `rows_done` on."""
+        return _steps(self.rows_of(epoch) - rows_done, self.window_rows)
 
     def ends_epoch(self, state: LoopState) -> bool:
         return state.rows == self.rows_of(state.epoch)
@@ -60,14 +53,18 @@ def make_plan(config: Config, rows_of: Callable[[int], int], window_rows: int, s
     them; a run counted in steps goes on counting.
     """
 
-    def steps(rows: int) -> int:
-        return -(-rows // window_rows)
+    def steps_of_first(epochs: int) -> int:
+        return sum(_steps(rows_of(epoch), window_rows) for epoch in range(epochs))
 
-    steps_to_epoch_end = sum(steps(rows_of(epoch)) for epoch in range(state.epoch + 1))
-    extra_steps = state.step - (steps_to_epoch_end - steps(rows_of(state.epoch) - state.rows))
+    left_in_epoch = _steps(rows_of(state.epoch) - state.rows, window_rows)
+    extra_steps = state.step - (steps_of_first(state.epoch + 1) - left_in_epoch)
     length, lr_shift = config.max_steps, 0
     if length is None:
-        length, lr_shift = sum(steps(rows_of(epoch)) for epoch in range(config.epochs)), extra_steps
+        length, lr_shift = steps_of_first(config.epochs), extra_steps
+    total_steps, epochs, reached = length + lr_shift, 0, 0
+    while reached < total_steps - extra_steps:
+        reached += _steps(rows_of(epochs), window_rows)
+        epochs += 1
     warmup = warmup_steps_of(config.warmup_steps, config.warmup_ratio, length)
 
     def lr(step: int) -> float:
@@ -79,13 +76,18 @@ def make_plan(config: Config, rows_of: Callable[[int], int], window_rows: int, s
     return Plan(
         rows_of=rows_of,
         window_rows=window_rows,
-        total_steps=length + lr_shift,
+        total_steps=total_steps,
+        epochs=epochs,
         extra_steps=extra_steps,
         log_interval=config.log_interval,
         eval_interval=config.eval_interval,
         save_interval=config.save_interval,
         lr=lr,
     )
+
+
+def _steps(rows: int, window_rows: int) -> int:
+    return -(-rows // window_rows)
 
 
 def share_of_a_step(config: Config, window_rows: int, world_size: int, micro_batches: int) -> str:

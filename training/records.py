@@ -160,7 +160,7 @@ class RunRecords:
             done = body * rates["train/tokens_per_second"] + head * rates["train/supervised_tokens_per_second"]
             rates["train/mfu"] = done / self.peak_flops
         eta = (plan.total_steps - state.step) * rates["train/seconds_per_step"]
-        epoch_eta = -(-(plan.rows_of(state.epoch) - state.rows) // plan.window_rows) * rates["train/seconds_per_step"]
+        epoch_eta = plan.steps_of(state.epoch, state.rows) * rates["train/seconds_per_step"]
         epoch_eta = min(epoch_eta, eta)
         counts: dict[str, float] = {"train/tokens": state.tokens, "train/supervised_tokens": state.supervised_tokens}
         counts |= {"train/epoch": plan.epochs_done(state), "train/overflows": state.overflows}
