@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import logging
 import math
-import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +38,7 @@ from model.choose import (
     choose_model,
     choose_tokenizer,
     describe_model,
+    fill_model,
     load_tokenizer,
     shape_of,
     weights_source,
@@ -50,23 +50,20 @@ from trainer_utils import (
     Processes,
     RowSampler,
     SkipBatchSampler,
+    Strategy,
+    clip_gradients,
     close_processes,
-    device_name_of,
-    end_process,
     environment_rank,
     find_checkpoint,
     gradient_sync,
     in_order_batches,
     load_checkpoint,
+    local_part,
     micro_batches_per_step,
     parallelize,
-    peak_memory_bytes,
     seed_everything,
-    setup_logging,
     start_processes,
-    to_device,
     unwrap,
-    use_deterministic_kernels,
 )
 from training.checkpoints import (
     CheckpointError,
@@ -74,18 +71,29 @@ from training.checkpoints import (
     check_run_directory,
     clear_run,
     lock_run,
+    open_shards,
     read_trainer_state,
     refuse_changes,
     verify,
 )
-from training.control import SignalFlags
+from training.control import PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
 from training.environment import write_descriptions
 from training.metrics import WandbSink
 from training.optimizers import make_optimizer
 from training.plan import Plan, identity_of, make_plan, share_of_a_step
+from training.process import (
+    choose_device,
+    device_name_of,
+    end_process,
+    peak_memory_bytes,
+    setup_logging,
+    to_device,
+    use_deterministic_kernels,
+)
 from training.records import Meter, RunRecords, duration, peak_flops
 from training.state import LoopState, NonFiniteError
 from training.sums import Sums, token_means
+from training.watchdog import FIRST_FACTOR, Watchdog
 
 logger = logging.getLogger("train")
 
@@ -94,6 +102,7 @@ Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 EXIT_CODES = {DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
 EXIT_BUG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 70, 75, 130
+PAUSE_SECONDS = 0.5  # between two looks of paused ranks, which no time limit of the process group ever sees
 
 
 @dataclass
@@ -109,6 +118,7 @@ class Learner:
     grad_clip: float
     seed: int
     measure: Objective  # what validation sums; the plain cross entropy, whatever is trained on
+    beat: Callable[[], None] = lambda: None  # tells the watchdog that this process gets on
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -116,23 +126,27 @@ class Learner:
 
 @dataclass
 class Hooks:
-    """What the loop calls at the end of a step; both need every rank."""
+    """What the loop calls between two updates; all but the last need every rank."""
 
     save: Callable[[], None]
     evaluate: Callable[[], dict[str, float]]
+    settle_save: Callable[[], None]  # after one that failed in the background
+    save_has_failed: Callable[[], bool]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def train_step(learner: Learner, window: list[Batch], step: int, lr: float, supervised: int, state: LoopState) -> float:
-    """One update from this rank's micro-batches; returns the gradient norm over all ranks, before clipping.
+def train_step(
+    learner: Learner, window: list[Batch], step: int, lr: float, supervised: int, state: LoopState
+) -> tuple[float, list[Tensor]]:
+    """One update from this rank's micro-batches; returns the gradient norm over all ranks, before clipping, and losses.
 
     The gradient is the sum of all token losses of the step over `supervised`, the supervised tokens of all ranks and
-    micro-batches. DDP averages over ranks, hence the factor world_size. A norm that is not finite changes nothing.
+    micro-batches. DDP and FSDP average over ranks, hence the factor world_size. If it is not finite, nothing changes.
     """
-    processes, optimizer, scaler = learner.processes, learner.optimizer, learner.scaler
+    processes, optimizer, scaler, losses = learner.processes, learner.optimizer, learner.scaler, []
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -144,16 +158,18 @@ def train_step(learner: Learner, window: list[Batch], step: int, lr: float, supe
                 terms = learner.objective(learner.model, batch)
             loss = sum(term for term in terms.values() if term.requires_grad)
             scaler.scale(loss * (processes.world_size / supervised)).backward()
+        losses.append(loss.detach())
         for sums in (state.since_log, state.since_epoch):
             sums.add(terms, supervised=len(batch["targets"]), tokens=batch["num_tokens"])
+        learner.beat()
 
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(learner.model.parameters(), learner.grad_clip or math.inf).item()
+    norm = clip_gradients(learner.model, learner.grad_clip or math.inf)
     if math.isfinite(norm):
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, losses
 
 
 def train_epoch(
@@ -163,10 +179,10 @@ def train_epoch(
     state: LoopState,
     plan: Plan,
     records: RunRecords,
-    signals: SignalFlags,
+    wishes: Wishes,
     hooks: Hooks,
-) -> str | None:
-    """Train what is left of an epoch; returns why the run ends early, or None. Checkpoints exist only between steps."""
+) -> None:
+    """Train what is left of an epoch; raises Stopped between two steps. Checkpoints exist only there."""
     processes, meter = learner.processes, Meter()
     windows = fetch_windows(loader, micro_batches)
     while state.step < plan.total_steps:
@@ -179,22 +195,25 @@ def train_epoch(
         # 2. agree: the one exchange of plain numbers between the ranks in a step
         supervised = sum(len(batch["targets"]) for batch in window)
         tokens = sum(batch["num_tokens"] for batch in window)
-        flags = [bool(signals.stop), bool(signals.save), problem is not None]
-        supervised, tokens, stop, save, failed = processes.sum_ints([supervised, tokens, *flags])
+        flags = [problem is not None, hooks.save_has_failed()]
+        supervised, tokens, failed, save_failed, *sums = processes.sum_ints(
+            [supervised, tokens, *flags, *wishes.look()]
+        )
         if failed:
             raise problem or RuntimeError("another rank could not load its data, see its message")
-        if stop:
-            hooks.save()
-            return "stopped by a signal"
+        if save_failed:
+            hooks.settle_save()
+        with meter.paused():
+            obey(learner, wishes, sums, records, hooks)
 
         # 3. update
         lr = plan.lr(state.step + 1)
-        norm = train_step(learner, window, state.step + 1, lr, supervised, state)
+        norm, losses = train_step(learner, window, state.step + 1, lr, supervised, state)
 
         # 4. advance
         state.advance(plan.window_rows, plan.rows_of(state.epoch), tokens, supervised)
         meter.count(tokens, supervised)
-        judge_norm(learner, norm, window, state, records, loader.dataset)
+        judge_norm(learner, norm, losses, window, state, records, loader.dataset)
 
         # 5. log, validate, save
         if plan.due(state, plan.log_interval):
@@ -202,19 +221,10 @@ def train_epoch(
             state.since_log = Sums()
             records.log_step(state, plan, {**means, "train/learning_rate": lr, "train/grad_norm": norm}, meter)
         with meter.paused():
-            results = hooks.evaluate() if plan.due(state, plan.eval_interval) else {}
-            ends_epoch = plan.ends_epoch(state)
-            if ends_epoch or state.step == plan.total_steps:
-                means = token_means(state.since_epoch.total(processes.sum_ints), "train")
-                values = {**means, **results, "train/learning_rate": lr}
-                records.log_epoch(state, plan, values, meter, peak_memory_bytes(processes.device))
-            if ends_epoch:  # also a checkpoint made now points at the start of the next epoch
-                state.next_epoch()
-            if plan.due(state, plan.save_interval) or save:
-                signals.save = 0
+            finish_step(learner, state, plan, records, hooks, meter)
+            if plan.saves(state):
                 hooks.save()
         records.step_done(state, plan)
-    return None
 
 
 def fetch_windows(loader: DataLoader, micro_batches: int) -> Iterator[tuple[list[Batch], Exception | None]]:
@@ -227,36 +237,88 @@ def fetch_windows(loader: DataLoader, micro_batches: int) -> Iterator[tuple[list
         yield [], problem
 
 
+def obey(learner: Learner, wishes: Wishes, sums: list[int], records: RunRecords, hooks: Hooks) -> None:
+    """Do what the ranks wished together: raise Stopped, save, or wait with the fetched window until a pause ends."""
+    paused = False
+    while True:
+        stop, pause, save = wishes.obey(sums)
+        if stop:
+            raise Stopped(stop)
+        if save or (pause and not paused):  # whatever happens in a pause loses nothing
+            hooks.save()
+        if pause != paused:
+            records.status("paused" if pause else "running")
+        if not pause:
+            return
+        paused = True
+        time.sleep(PAUSE_SECONDS)
+        learner.beat()
+        sums = learner.processes.sum_ints(wishes.look())
+
+
+def finish_step(
+    learner: Learner, state: LoopState, plan: Plan, records: RunRecords, hooks: Hooks, meter: Meter
+) -> None:
+    """What follows an update, and on resume whatever of it a stop has cut off: validation, and the end of an epoch."""
+    state.unfinished = True
+    results = hooks.evaluate() if plan.due(state, plan.eval_interval) else {}
+    ends_epoch = plan.ends_epoch(state)
+    if ends_epoch or state.step == plan.total_steps:
+        means = token_means(state.since_epoch.total(learner.processes.sum_ints), "train")
+        values = {**means, **results, "train/learning_rate": plan.lr(state.step)}
+        records.log_epoch(state, plan, values, meter, peak_memory_bytes(learner.processes.device))
+    if ends_epoch:  # also a checkpoint made now points at the start of the next epoch
+        state.next_epoch()
+    state.unfinished = False
+
+
 def judge_norm(
-    learner: Learner, norm: float, window: list[Batch], state: LoopState, records: RunRecords, rows: PackedRows
+    learner: Learner,
+    norm: float,
+    losses: list[Tensor],
+    window: list[Batch],
+    state: LoopState,
+    records: RunRecords,
+    rows: PackedRows,
 ) -> None:
     """Count and report a step whose gradient was not finite; raises NonFiniteError when there are too many."""
     if math.isfinite(norm):
         state.non_finite_in_a_row = 0
         return
-    (bad_losses,) = learner.processes.sum_ints([int(state.since_epoch.values["non_finite"])])
-    if learner.scaler.is_enabled() and bad_losses == state.bad_losses and learner.scaler.get_scale() >= 1.0:
+    guilty = [batch for batch, loss in zip(window, losses, strict=True) if not loss.isfinite()]
+    found = learner.processes.any(bool(guilty))
+    if learner.scaler.is_enabled() and not found and learner.scaler.get_scale() >= 1.0:
         state.overflows += 1  # routine in fp16: the losses are fine, the scale was too high and has just been halved
-    else:
-        state.bad_losses = bad_losses
-        samples = [rows.store.where(i) for batch in window for i in batch["sample_ids"] if i != FILLER]
+        return
+    # Where all losses are finite, the backward pass has overflowed, and nobody can tell for which rank's samples.
+    suspects = guilty if found else window
+    samples = [rows.store.where(i) for batch in suspects for i in batch["sample_ids"] if i != FILLER]
+    if samples:
         logger.warning(
-            "step %d: gradient norm %s, weights left alone; samples of this rank: %s", state.step, norm, samples
-        )
-        records.event(state.step, "non_finite_gradient", samples=samples)
-        state.count_non_finite()
+            "step %d: gradient norm %s, weights left alone; samples of rank %d: %s",
+            state.step, norm, learner.processes.rank, ", ".join(map(str, samples)),
+        )  # fmt: skip
+    records.event(state.step, "non_finite_gradient", samples=samples)
+    state.count_non_finite()
 
 
 @torch.no_grad()
-def validate(learner: Learner, loader: DataLoader) -> dict[str, float]:
-    """Means over every supervised token of the held-out data: summed over ranks first, divided once."""
+def validate(learner: Learner, loader: DataLoader, wishes: Wishes) -> dict[str, float]:
+    """Means over every supervised token of the held-out data: summed over ranks first, divided once.
+
+    Raises Stopped when a stop is wished, on all ranks at the same batch.
+    """
     model, sums = unwrap(learner.model), Sums()
     model.eval()
     for batch in loader:
+        stop, _, _ = wishes.obey(learner.processes.sum_ints(wishes.look()))
+        if stop:
+            raise Stopped(stop)
         batch = to_device(batch, learner.processes.device)
         with learner.autocast():
             terms = learner.measure(model, batch)
         sums.add(terms, supervised=len(batch["targets"]), tokens=batch["num_tokens"])
+        learner.beat()
     model.train()
     return token_means(sums.total(learner.processes.sum_ints), "eval")
 
@@ -267,8 +329,8 @@ def validate(learner: Learner, loader: DataLoader) -> dict[str, float]:
 
 def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     """Train as `config` says and return a summary; `objective` replaces the cross entropy of supervised tokens."""
-    save_dir = Path(config.save_dir)
-    rank, local_rank, _ = environment_rank()
+    save_dir, started = Path(config.save_dir), time.monotonic()
+    rank, local_rank, world_size = environment_rank()
     setup_logging(rank)
 
     # 1. The run's directory is ours, and data: before the process group exists, whose timeout tokenising would outlast
@@ -284,39 +346,49 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     )  # fmt: skip
 
     # 2. Processes
-    processes = start_processes(config.device, config.group_timeout_seconds)
+    device = choose_device(config.device, local_rank)
+    processes = start_processes(device, FIRST_FACTOR * config.group_timeout_seconds + 60)  # the watchdog speaks first
     if config.deterministic:
         use_deterministic_kernels()
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if processes.device.type == "cuda" else "float32"
+    dtype_name = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, dtype_name)
 
     # 3. Model
-    model = choose_model(from_weight, config.shape, config.dropout, config.seed, len(tokenizer)).to(processes.device)
+    sharded = config.strategy == "fsdp" and world_size > 1
+    model = choose_model(from_weight, config.shape, config.dropout, config.seed, len(tokenizer), empty=sharded)
     check_positions(model, data.train.store.lengths, config.max_seq_len)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     measure = objective or make_sft_objective()
     objective = objective or make_sft_objective(config.label_smoothing)
-    filler = to_device(collate([data.train[FILLER]]), processes.device)
-    parallel = parallelize(model.train(), processes, zero_loss=lambda wrapped: objective(wrapped, filler)["ce"])
+    filler = to_device(collate([data.train[FILLER]]), device)
+    strategy = Strategy(config.strategy, config.shard_size, config.cpu_offload, dtype)
+    model = (model if sharded else model.to(device)).train()
+    parallel = parallelize(model, processes, strategy, zero_loss=lambda wrapped: objective(wrapped, filler)["ce"])
 
     # 4. Optimizer
     optimizer = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype == "float16")
-    learner = Learner(
-        parallel, optimizer, scaler, objective, processes, getattr(torch, dtype), config.grad_clip, config.seed, measure
-    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    learner = Learner(parallel, optimizer, scaler, objective, processes, dtype, config.grad_clip, config.seed, measure)
+    if sharded:
+        with learner.autocast():
+            fill_model(model, from_weight, config.seed, local_part, tolerance=1e-3 if dtype == torch.float32 else 0.05)
 
     # 5. Resume
-    store = CheckpointStore(save_dir / "checkpoints", config.keep_last)
+    store = CheckpointStore(
+        save_dir / "checkpoints", config.keep_last, config.save_top_k, config.monitor_metric, config.monitor_mode
+    )
     checkpoint = find_checkpoint(config.from_resume, store, verify, processes) if config.resumes else None
     saved = read_trainer_state(checkpoint) if checkpoint else {}
     state = LoopState.from_dict(saved["loop"], processes.is_main) if checkpoint else LoopState()
-    rows_at_first_start = config.batch_size * config.accumulation_steps * processes.world_size
+    rows_at_first_start = config.batch_size * config.accumulation_steps * world_size
     window_rows = config.global_batch_size or saved.get("global_batch_size", rows_at_first_start)
-    micro_batches = micro_batches_per_step(window_rows, processes.world_size, config.batch_size)
-    if state.rows >= data.train.rows_of(state.epoch):  # only where other data was allowed
+    micro_batches = micro_batches_per_step(window_rows, world_size, config.batch_size)
+    if state.rows >= data.train.rows_of(state.epoch) and not state.unfinished:  # only where other data was allowed
         state.next_epoch()
     plan = make_plan(config, data.train.rows_of, window_rows, state)
     data.report["train"]["steps_per_epoch"] = plan.steps_of(0)
-    identity = {**data.identity, **identity_of(config, dtype, window_rows, describe_model(model))}
+    identity = {**data.identity, **identity_of(config, dtype_name, window_rows, describe_model(model))}
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
         if config.continues and state.step >= plan.total_steps and (save_dir / "final").exists():
@@ -325,13 +397,13 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
                 "--from_weight %s/final with another --save_dir", save_dir, save_dir,
             )  # fmt: skip
             return {"status": "completed", "step": state.step}
-        load_checkpoint(checkpoint, model, optimizer)
+        load_checkpoint(open_shards(checkpoint, "model"), open_shards(checkpoint, "optimizer"), model, optimizer)
         scaler.load_state_dict(saved["scaler"])
         logger.info("resumed from %s%s", checkpoint, f", changed: {', '.join(changed)}" if changed else "")
 
     # 6. Order of rows
     sampler = RowSampler(
-        len(data.train), rank=processes.rank, world_size=processes.world_size, seed=config.seed,
+        len(data.train), rank=rank, world_size=world_size, seed=config.seed,
         window_rows=window_rows, slots=micro_batches * config.batch_size,
     )  # fmt: skip
     batches = SkipBatchSampler(sampler, config.batch_size)
@@ -339,23 +411,23 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     held_out = data.held_out and make_loader(
         data.held_out, in_order_batches(len(data.held_out), config.batch_size, processes), **config.loading
     )
-    share = share_of_a_step(config, window_rows, processes.world_size, micro_batches)
-    logger.info("%d steps of %s, %s on %s", plan.total_steps, share, dtype, processes.device)
+    share = share_of_a_step(config, window_rows, world_size, micro_batches)
+    logger.info("%d steps of %s, %s on %s", plan.total_steps, share, dtype_name, device)
     if config.dry_run:
         sample = show(*data.train.store.tokens(0), tokenizer)
         return rehearse(learner, loader, micro_batches, plan, sample, report_lines(data.report["train"]))
 
     # 7. Records
-    device_name = device_name_of(processes.device)
+    device_name = device_name_of(device)
     resolved = replace(
-        config, tokenizer=tokenizer_source, device=processes.device.type, dtype=dtype, overwrite=False,
+        config, tokenizer=tokenizer_source, device=device.type, dtype=dtype_name, overwrite=False,
         from_resume="0", allow_change="", global_batch_size=window_rows, accumulation_steps=micro_batches,
         **shape_of(model, SHAPE_FLAGS),
     )  # fmt: skip
     constants = {
         "identity": identity,
         "global_batch_size": window_rows,
-        "world_size": processes.world_size,
+        "world_size": world_size,
         "wandb_id": saved["wandb_id"] if checkpoint and config.continues else uuid.uuid4().hex[:12],
         "config": asdict(resolved),
     }
@@ -364,45 +436,65 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
             clear_run(save_dir)
         store.set_aside_newer(state.step, warn=logger.warning)
         write_rejects(save_dir / "rejects.jsonl", data.rejects)
-        write_descriptions(save_dir, resolved, data.report, device_name, processes.world_size, torch.get_num_threads())
+        write_descriptions(save_dir, resolved, data.report, device_name, world_size, torch.get_num_threads())
     body, head = model.parameter_counts()
-    peak = peak_flops(device_name, processes.world_size)
-    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), peak)
+    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), peak_flops(device_name, world_size))
     if processes.is_main and config.reports_to_wandb:
         wandb = partial(WandbSink, config.wandb_project, constants["wandb_id"], save_dir, asdict(resolved))
         records.metrics.follow(wandb)
-    checkpointer = Checkpointer(store, model, optimizer, scaler, state, constants, processes, records.event)
+    watchdog = Watchdog(config.group_timeout_seconds, on_hang=partial(records.status, "failed"))
+    learner.beat = watchdog.beat
+    checkpointer = Checkpointer(
+        store, model, optimizer, scaler, state, constants, processes, records.event, config.async_save, watchdog.beat
+    )
+
+    def save(last: bool = False) -> None:
+        checkpointer.save(records.metrics_of(state.step), last)
 
     def evaluate() -> dict[str, float]:
         if held_out is None:
             return {}
-        results = validate(learner, held_out)
+        results = validate(learner, held_out, wishes)
         records.log_eval(state, results)
         return results
 
     # 8. Epochs
-    reason, hooks = None, Hooks(checkpointer.save, evaluate)
-    with records.running(state, plan), SignalFlags() as signals:
-        if config.eval_at_start and state.step == 0:
-            evaluate()
-        for epoch in itertools.count(state.epoch):
-            if reason or state.step >= plan.total_steps:
-                break
-            data.train.set_epoch(epoch)
-            batches.skip_batches = sampler.begin(epoch, len(data.train), state.rows) * micro_batches
-            reason = train_epoch(learner, loader, micro_batches, state, plan, records, signals, hooks)
+    reason = None
+    hooks = Hooks(save, evaluate, checkpointer.finish, checkpointer.has_failed)
+    with records.running(state, plan), watchdog, SignalFlags() as signals:
+        control = ControlFile(save_dir / "control.json") if processes.is_main else None
+        wishes = Wishes(signals, control, config.max_hours and started + 3600 * config.max_hours)
+        try:
+            if config.eval_at_start and state.step == 0:
+                evaluate()
+            if state.unfinished:
+                finish_step(learner, state, plan, records, hooks, Meter())
+            for epoch in itertools.count(state.epoch):
+                if state.step >= plan.total_steps:
+                    break
+                data.train.set_epoch(epoch)
+                batches.skip_batches = sampler.begin(epoch, len(data.train), state.rows) * micro_batches
+                train_epoch(learner, loader, micro_batches, state, plan, records, wishes, hooks)
+            checkpointer.finish()
+        except Stopped as stop:
+            reason = str(stop)
+            save(last=True)
 
         # 9. Close
         if reason:
-            logger.warning("%s after step %d; go on with --from_resume 1", reason, state.step)
+            logger.warning("%s: stopped after step %d; go on with --from_resume 1", reason, state.step)
         elif processes.is_main:
             card = model_card(asdict(resolved), data.report, records.last_eval, state.step)
-            export_model(save_dir / "final", model, tokenizer, dtype=getattr(torch, config.export_dtype), card=card)
+            weights = open_shards(store.path(state.step), "model").tensors()
+            export_model(
+                save_dir / "final", model, tokenizer, state_dict=weights, dtype=getattr(torch, config.export_dtype),
+                card=card,
+            )  # fmt: skip
             logger.info("the model is in %s/final; talk to it: python -m scripts.chat %s", save_dir, save_dir)
         records.close("stopped" if reason else "completed", reason or "all steps done")
     close_processes(processes)
     del lock  # held until here
-    status = "completed" if not reason else "preempted" if signals.stop != signal.SIGINT else "stopped"
+    status = "completed" if not reason else "preempted" if reason in PREEMPTED else "stopped"
     return {"status": status, "step": state.step, **records.last_eval}
 
 

@@ -1,40 +1,35 @@
-"""Whatever needs the process group: processes and reductions, DDP, the order of rows over ranks, the checkpoint helper.
+"""Whatever needs the process group: processes, DDP and FSDP2, the order of rows over ranks, the checkpoint helper.
 
 The gradient exchange sums in an order that depends on where a parameter lies in DDP's buckets, and DDP lays its buckets
 out anew after the first backward pass. A resumed run would therefore differ in the last bit from 3 processes on; one
-throwaway backward pass where the model is wrapped settles the layout before the first step of every start.
+throwaway backward pass where the model is wrapped settles the layout before the first step of every start. FSDP2 needs
+none: its layout is fixed where the model is wrapped.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import hashlib
-import json
 import logging
 import os
-import platform
 import random
-import resource
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler, Sampler
 
 logger = logging.getLogger(__name__)
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of <malloc.h>
 
 # gloo now and then hangs or aborts when a group is freed (seen in one of twenty runs of three processes), so whatever
 # refers to a group lives until the process ends, and the process ends without freeing it: see end_process.
@@ -52,17 +47,16 @@ class Processes:
     local_rank: int
     world_size: int
     device: torch.device
-    host_group: Any = None  # gloo beside NCCL, so that agreeing on host numbers never waits for the GPU
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def sum_ints(self, values: Sequence[int]) -> list[int]:
-        """Sum over ranks of whole numbers that live on the host: exact, whatever the order of additions."""
+        """Sum over ranks of whole numbers that live on the host: exact, and no GPU is waited for."""
         total = torch.tensor(values, dtype=torch.int64)
         if self.world_size > 1:
-            dist.all_reduce(total, group=self.host_group)
+            dist.all_reduce(total)
         return total.tolist()
 
     def wait_for_all(self) -> None:
@@ -72,6 +66,10 @@ class Processes:
         """The number that rank 0 has."""
         return self.sum_ints([value if self.is_main else 0])[0]
 
+    def any(self, value: bool) -> bool:
+        """Whether it is so on some rank."""
+        return self.sum_ints([int(value)])[0] > 0
+
 
 def environment_rank() -> tuple[int, int, int]:
     """Global rank, rank on this node and world size as torchrun sets them; (0, 0, 1) without torchrun."""
@@ -80,66 +78,27 @@ def environment_rank() -> tuple[int, int, int]:
     )  # type: ignore[return-value]
 
 
-def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The device of a process: `wanted` is auto, cpu or cuda. Raises ValueError where there is no such device."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build of torch"
-        )
-    if wanted == "cpu" or not torch.cuda.is_available():
-        keep_freed_memory()
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"--nproc_per_node: process {local_rank} has no GPU, there are {torch.cuda.device_count()} here"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def start_processes(device: str, timeout_seconds: float) -> Processes:
-    """Join the process group that torchrun describes: NCCL on CUDA, gloo on CPU."""
+def start_processes(place: torch.device, timeout_seconds: float) -> Processes:
+    """Join the process group that torchrun describes: gloo for what lies on the host, NCCL for what lies on a GPU."""
     rank, local_rank, world_size = environment_rank()
-    place = choose_device(device, local_rank)
-    if world_size == 1:
-        return Processes(rank, local_rank, world_size, place)
-    timeout, on_cuda = datetime.timedelta(seconds=timeout_seconds), place.type == "cuda"
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout, device_id=place if on_cuda else None)
-    host_group = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else None
-    _LIVES_UNTIL_EXIT.extend([dist.group.WORLD, host_group])
-    return Processes(rank, local_rank, world_size, place, host_group)
+    if world_size > 1:
+        timeout, on_cuda = datetime.timedelta(seconds=timeout_seconds), place.type == "cuda"
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        dist.init_process_group(backend, timeout=timeout, device_id=place if on_cuda else None)
+        _LIVES_UNTIL_EXIT.append(dist.group.WORLD)
+    return Processes(rank, local_rank, world_size, place)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next tensor instead of returning its pages to the system after each use.
-
-    Faulting the same pages in again cost a fifth of a CPU step. Other C libraries have no such switch.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error only says that another process of the job is gone, which has its own message."""
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    )
 
 
 def close_processes(processes: Processes) -> None:
     if processes.world_size > 1:
         dist.destroy_process_group()
-
-
-def end_process(exit_code: int) -> None:
-    """Leave at once with everything said and written, skipping the interpreter's teardown."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
-
-
-def setup_logging(rank: int) -> None:
-    """Plain lines on standard error: everything from rank 0, warnings with their rank from the others."""
-    prefix = "" if rank == 0 else f"[rank {rank} on {socket.gethostname()}] "
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format=f"{prefix}%(message)s", force=True)
-    for noisy in ("httpx", "urllib3", "filelock", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -155,42 +114,58 @@ def seed_everything(*parts: int | str) -> None:
     torch.manual_seed(seed)
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on the device; what is no tensor stays on the host."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def device_name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that this process has held: of the GPU, or resident where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def use_deterministic_kernels() -> None:
-    """Only kernels that give the same bits every time; one without such a version raises an error naming itself."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Parallel model
 
 
-def parallelize(model: nn.Module, processes: Processes, zero_loss: Callable[[nn.Module], Tensor]) -> nn.Module:
-    """Wrap for gradient exchange; `zero_loss(model)` runs one forward pass that touches every parameter and gives 0."""
+@dataclass(frozen=True)
+class Strategy:
+    """How a model is spread over the processes."""
+
+    name: str = "ddp"  # ddp: every process holds all of it; fsdp: its share of every tensor
+    shard_size: int | None = None  # fsdp: processes that share one copy, of which there may be several
+    cpu_offload: bool = False  # fsdp: weights and optimizer state wait in host memory
+    dtype: torch.dtype = torch.float32  # fsdp: in which the layers' weights travel and compute
+
+
+def parallelize(
+    model: nn.Module, processes: Processes, strategy: Strategy, zero_loss: Callable[[nn.Module], Tensor]
+) -> nn.Module:
+    """Wrap for training on all processes; `zero_loss(model)` is a forward pass through every parameter that gives 0.
+
+    The model file says what is sharded together: `model.shard_units()`, modules in forward order; what remains is a
+    unit of its own. With FSDP a model on the meta device comes back with memory for its shards, not yet filled.
+    """
     if processes.world_size == 1:
         return model
+    if strategy.name == "fsdp":
+        return _shard(model, processes, strategy)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     _LIVES_UNTIL_EXIT.append(wrapped)
     zero_loss(wrapped).backward()  # the bucket layout settles here, see the module docstring
     wrapped.zero_grad(set_to_none=True)
     return wrapped
+
+
+def _shard(model: nn.Module, processes: Processes, strategy: Strategy) -> nn.Module:
+    world_size, place = processes.world_size, processes.device
+    shard_size = strategy.shard_size or world_size
+    if world_size % shard_size:
+        raise ValueError(f"--shard_size {shard_size}: {world_size} processes cannot be divided by it")
+    hybrid = {"mesh_shape": (world_size // shard_size, shard_size), "mesh_dim_names": ("replicate", "shard")}
+    flat = {"mesh_shape": (world_size,), "mesh_dim_names": ("shard",)}
+    mesh = init_device_mesh(place.type, **(flat if shard_size == world_size else hybrid))
+    offload = CPUOffloadPolicy() if strategy.cpu_offload and place.type == "cuda" else OffloadPolicy()
+    # The stream between the layers keeps its precision, as it does under autocast without sharding.
+    layers = MixedPrecisionPolicy(strategy.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    plain = strategy.dtype == torch.float32
+    for unit in model.shard_units():
+        fully_shard(unit, mesh=mesh, mp_policy=MixedPrecisionPolicy() if plain else layers, offload_policy=offload)
+    fully_shard(model, mesh=mesh, offload_policy=offload)
+    memory = "cpu" if strategy.cpu_offload else place
+    # Buffers are computed where a model is made, so they are never on the meta device.
+    model._apply(lambda t: torch.empty_like(t, device=memory) if t.is_meta else t.to(place))
+    return model
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -199,7 +174,27 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
     """Exchange gradients in the backward pass of this block, or only add them up locally."""
-    return contextlib.nullcontext() if enabled or not isinstance(model, DistributedDataParallel) else model.no_sync()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not enabled else contextlib.nullcontext()
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale all gradients so that their norm is at most `max_norm`; returns the norm before, the same on every rank."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What this process holds of a tensor, sharing its memory, and where that begins in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), (0,) * tensor.dim()
+    offsets = [0] * tensor.dim()
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):  # as torch.chunk cuts: all parts but the last ones have this many rows
+            rows = -(-tensor.shape[placement.dim] // tensor.device_mesh.size(axis))
+            offsets[placement.dim] = min(rows * tensor.device_mesh.get_local_rank(axis), tensor.shape[placement.dim])
+    return tensor.detach().to_local(), tuple(offsets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,67 +294,86 @@ def micro_batches_per_step(window_rows: int, world_size: int, batch_size: int) -
 # 4. Checkpoint helper
 
 
+# Values of a block on the host, where it begins in the whole tensor, and the shape of the whole.
+Block = tuple[Tensor, tuple[int, ...], tuple[int, ...]]
+
+
+class Flight(Protocol):
+    """One checkpoint on its way to the disk."""
+
+    step: int
+    started: float
+    problem: Exception | None
+
+    def is_done(self) -> bool: ...
+    def end(self) -> None: ...
+
+
 class Store(Protocol):
     """What the helper needs of the directory of checkpoints; training/checkpoints.py has it."""
 
     def newest_verified(self, warn: Callable[[str], None]) -> int | None: ...
     def path(self, step: int) -> Path: ...
-    def begin(self, step: int) -> Path: ...
-    def publish(self, step: int) -> Path: ...
+    def begin(self, step: int, needed_bytes: int) -> None: ...
+    def write(self, step: int, rank: int, ranks: int, shards: Any, state: Any, metrics: Any) -> Flight: ...
     def abandon(self, step: int) -> None: ...
 
 
-MODEL_FILE = "model-00001-of-00001.safetensors"
-STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILE = "optimizer-00001-of-00001.safetensors"
+class Reader(Protocol):
+    """Tensors in files, of which any block can be read; training/shards.py has it."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str, target: Tensor, offsets: tuple[int, ...]) -> None: ...
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; a tensor of two names (a tied head) stands once, under the first."""
-    seen: set[int] = set()
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            weights[name] = tensor.detach().contiguous()
-    return weights
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; one of two names (a tied head) stands once, under the first."""
+    second_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in second_names}
+    return {**dict(model.named_parameters()), **buffers}
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state as `parameter name:state name`, so that it survives another order of parameters."""
     return {
-        f"{name}:{key}": value.detach().contiguous()
+        f"{name}:{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def save_checkpoint(
-    store: Store,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    trainer_state: dict[str, Any],
-    processes: Processes,
-) -> None:
-    """Write and publish weights, optimizer and trainer state; called on, and raising OSError on, all ranks alike."""
-    problem: Exception | None = None
-    if processes.is_main:
-        try:
-            directory = store.begin(step)
-            save_file(weights_of(model), directory / MODEL_FILE)
-            save_file(optimizer_tensors(model, optimizer), directory / OPTIMIZER_FILE)
-            (directory / STATE_FILE).write_text(json.dumps(trainer_state, indent=1, allow_nan=False), encoding="utf-8")
-            store.publish(step)
-        except Exception as error:  # whatever it is, the other ranks wait to hear of it
-            problem = error
-            store.abandon(step)
-    if processes.from_main(int(problem is not None)):
-        raise OSError(f"the checkpoint of step {step} could not be saved, older ones stand: {problem or 'see rank 0'}")
+def blocks_to_write(tensors: Mapping[str, Tensor], processes: Processes, copy: bool) -> dict[str, Block]:
+    """This rank's share of the writing: its shards, and a fair share of what several ranks hold alike.
+
+    `copy` keeps the values safe from later steps; on a GPU they are copied to the host anyway.
+    """
+    blocks, loads = {}, [0] * processes.world_size
+    for number, (name, tensor) in enumerate(sorted(tensors.items())):  # whatever order they came in
+        if isinstance(tensor, DTensor):
+            copies, mine = (tensor.device_mesh.size(0), tensor.device_mesh.get_local_rank(0))
+            if tensor.device_mesh.ndim == 2 and number % copies != mine:
+                continue
+        else:
+            writer = loads.index(min(loads))
+            loads[writer] += tensor.numel() * tensor.element_size() + 1
+            if writer != processes.rank:
+                continue
+        values, offsets = local_part(tensor)
+        values = values.to("cpu", copy=copy) if values.device.type == "cpu" else values.cpu()
+        blocks[name] = (values, offsets, tuple(tensor.shape))
+    return blocks
 
 
 class Checkpointer:
-    """Makes the checkpoints of one run, each with the loop's state and the run's constants, and none twice."""
+    """Makes the checkpoints of one run, each with the loop's state and the run's constants, and none twice.
+
+    Saving takes no long exchange between ranks, so that a slow disk is no hang: each rank writes its part, rank 0
+    publishes when it sees all parts, and who waits asks again and again. One that fails is tried again at the next
+    save; MAX_FAILURES in a row end the run.
+    """
+
+    MAX_FAILURES = 3
 
     def __init__(
         self,
@@ -371,45 +385,128 @@ class Checkpointer:
         constants: dict[str, Any],
         processes: Processes,
         report: Callable[..., None],
+        in_background: bool = False,
+        beat: Callable[[], None] = lambda: None,
     ):
         """`state` has `step` and `to_dict(sum_ints)`; `report(step, event, **values)` hears of each checkpoint."""
         self.store, self.model, self.optimizer, self.scaler = store, model, optimizer, scaler
         self.state, self.constants, self.processes, self.report = state, constants, processes, report
-        self.saved_step = state.step
+        self.in_background, self.beat = in_background, beat
+        self.saved_step, self.failures = state.step, 0
+        self.flight: Flight | None = None
 
-    def save(self) -> None:
-        """Every rank must call it; raises OSError on all of them when it fails."""
-        if self.state.step == self.saved_step:
+    def save(self, metrics: Mapping[str, float], last: bool = False) -> None:
+        """Every rank must call it. `metrics` of this step go into the manifest; `last`: nothing will be tried later.
+
+        Raises OSError on all ranks when it has failed MAX_FAILURES times in a row.
+        """
+        self.finish()
+        while self.state.step != self.saved_step:
+            self._start(metrics)
+            if last or not self.in_background:
+                self.finish()
+            if not last:
+                return
+
+    def _start(self, metrics: Mapping[str, float]) -> None:
+        step, processes = self.state.step, self.processes
+        moving = {"loop": self.state.to_dict(processes.sum_ints), "scaler": self.scaler.state_dict()}
+        tensors = {
+            "model": named_weights(self.model), "optimizer": named_optimizer_state(self.model, self.optimizer)
+        }  # fmt: skip
+        shards = {kind: blocks_to_write(named, processes, self.in_background) for kind, named in tensors.items()}
+        blocks = [values for kind in shards.values() for values, _, _ in kind.values()]
+        (needed,) = processes.sum_ints([sum(values.numel() * values.element_size() for values in blocks)])
+        problem = None
+        try:
+            if processes.is_main:
+                self.store.begin(step, needed)
+        except OSError as error:
+            problem = error
+        if processes.any(problem is not None):
+            self._failed(step, problem)
             return
-        started, step = time.perf_counter(), self.state.step
-        moving = {"loop": self.state.to_dict(self.processes.sum_ints), "scaler": self.scaler.state_dict()}
-        trainer_state = {**moving, **self.constants}
-        save_checkpoint(self.store, step, self.model, self.optimizer, trainer_state, self.processes)
-        self.saved_step = step
-        self.report(step, "checkpoint", seconds=time.perf_counter() - started)
+        state = {**moving, **self.constants} if processes.is_main else None
+        self.flight = self.store.write(step, processes.rank, processes.world_size, shards, state, metrics)
+
+    def has_failed(self) -> bool:
+        """Whether this rank knows of a failure that the others may not know of yet; takes no exchange."""
+        return self.flight is not None and self.flight.problem is not None
+
+    def finish(self) -> None:
+        """Wait for the checkpoint on its way, if any; every rank must call it. Raises as `save` does."""
+        if self.flight is None:
+            return
+        while True:
+            done, failed = self.processes.sum_ints([self.flight.is_done(), self.flight.problem is not None])
+            if failed or done == self.processes.world_size:
+                break
+            self.beat()
+            time.sleep(0.01)
+        flight, self.flight = self.flight, None
+        flight.end()
+        if failed:
+            self._failed(flight.step, flight.problem)
+        else:
+            self.saved_step, self.failures = flight.step, 0
+            self.report(flight.step, "checkpoint", seconds=time.perf_counter() - flight.started)
+
+    def _failed(self, step: int, problem: Exception | None) -> None:
+        self.processes.wait_for_all()  # nobody writes any more
+        if self.processes.is_main:
+            self.store.abandon(step)
+        self.failures += 1
+        reason = problem or "see the message of another rank"
+        message = f"the checkpoint of step {step} could not be saved, older ones stand: {reason}"
+        self.report(step, "checkpoint_failed", reason=str(reason))
+        if self.failures >= self.MAX_FAILURES:
+            raise OSError(f"{message}; that was the {self.failures}rd time in a row")
+        if problem is not None:
+            logger.warning("%s; it is tried again, time %d of %d", message, self.failures, self.MAX_FAILURES)
 
 
 def find_checkpoint(wanted: str, store: Store, verify: Callable[[Path], Any], processes: Processes) -> Path | None:
     """The checkpoint to continue from: `wanted` is a path, else the newest good one. Rank 0 verifies it for all."""
-    if wanted in ("0", "1"):
-        newest = store.newest_verified(warn=logger.warning) if processes.is_main else None
-        step = processes.from_main(-1 if newest is None else newest)
-        return store.path(step) if step >= 0 else None
+    found, problem = -1, None
     if processes.is_main:
-        verify(Path(wanted))
-    processes.wait_for_all()  # nobody reads before it is verified
-    return Path(wanted)
+        try:
+            if wanted in ("0", "1"):
+                newest = store.newest_verified(warn=logger.warning)
+                found = -1 if newest is None else newest
+            else:
+                verify(Path(wanted))
+        except Exception as error:  # the others wait to hear of it
+            problem = error
+    step, failed = processes.sum_ints([found if processes.is_main else 0, problem is not None])
+    if failed:
+        raise problem or RuntimeError("rank 0 found no good checkpoint, see its message")
+    if wanted not in ("0", "1"):
+        return Path(wanted)
+    return store.path(step) if step >= 0 else None
 
 
-def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put verified weights and optimizer state in place. Raises ValueError where names or shapes do not fit."""
-    weights = load_file(directory / MODEL_FILE)
-    expected = {name: tensor.shape for name, tensor in weights_of(model).items()}
-    if expected != (found := {name: tensor.shape for name, tensor in weights.items()}):
-        differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-        raise ValueError(f"{directory / MODEL_FILE}: does not fit this model, first difference: {differing[0]}")
-    model.load_state_dict(weights, strict=False)
+def load_checkpoint(weights: Reader, moments: Reader, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put verified weights and optimizer state in place, whatever ranks and strategy they were saved by.
+
+    Raises ValueError where names or shapes do not fit.
+    """
+    own = named_weights(model)
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    if expected != weights.shapes:
+        names = sorted({*expected, *weights.shapes})
+        different = next(name for name in names if expected.get(name) != weights.shapes.get(name))
+        raise ValueError(
+            f"the checkpoint does not fit this model, first difference: {different} is "
+            f"{weights.shapes.get(different)} in it and {expected.get(different)} here"
+        )
+    for name, tensor in own.items():
+        weights.read(name, *local_part(tensor))
     parameters = dict(model.named_parameters())
-    for full_name, value in load_file(directory / OPTIMIZER_FILE).items():
+    for full_name, shape in moments.shapes.items():
         name, key = full_name.rsplit(":", 1)
-        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+        parameter = parameters[name]
+        # Beside what is shaped like its parameter, and sharded like it, an optimizer counts steps.
+        alike = shape == tuple(parameter.shape)
+        value = torch.zeros_like(parameter, requires_grad=False) if alike else torch.zeros(shape)
+        moments.read(full_name, *local_part(value))
+        optimizer.state[parameter][key] = value if alike else value.to(parameter.device)

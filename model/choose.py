@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.decoder import Decoder, DecoderConfig
-from model.loading import build_model, load_model
+from model.loading import build_model, check_isolation, fill_from_files, load_model, load_skeleton
+from model.parts import PartOf
 
 NEW = "none"
 OWN_TOKENIZER = Path(__file__).resolve().parent / "tokenizer"
@@ -39,14 +41,21 @@ def load_tokenizer(source: str, chat_template: str | None = None) -> PreTrainedT
     return tokenizer
 
 
-def choose_model(from_weight: str, shape: dict[str, int], dropout: float, seed: int, vocab_size: int) -> nn.Module:
+def choose_model(
+    from_weight: str, shape: dict[str, int], dropout: float, seed: int, vocab_size: int, empty: bool = False
+) -> nn.Module:
     """New weights of the wanted shape, or those of a directory or Hub id, which must then agree with the wanted shape.
 
-    Raises ValueError with every disagreement.
+    `empty`: on the meta device, for `fill_model` to fill where it has been sharded. Raises ValueError with every
+    disagreement.
     """
     if from_weight == NEW:
-        return build_model(DecoderConfig(vocab_size=vocab_size, dropout=dropout, **shape), seed)
-    model = load_model(from_weight, dropout=dropout)
+        config = DecoderConfig(vocab_size=vocab_size, dropout=dropout, **shape)
+        if not empty:
+            return build_model(config, seed)
+        with torch.device("meta"):
+            return Decoder(config)
+    model = load_skeleton(from_weight, dropout) if empty else load_model(from_weight, dropout)
     if dropout and not isinstance(model, Decoder):
         raise ValueError(
             f"--dropout {dropout}: {from_weight} keeps the dropout of its own config.json; change it there"
@@ -62,6 +71,19 @@ def choose_model(from_weight: str, shape: dict[str, int], dropout: float, seed: 
     if problems:
         raise ValueError("\n".join(problems))
     return model
+
+
+def fill_model(model: Any, from_weight: str, seed: int, part_of: PartOf, tolerance: float) -> None:
+    """Give an empty model the weights that `choose_model` would have, of each tensor the part that is held here.
+
+    `tolerance` is that of `check_isolation`, larger where the model computes in half precision.
+    """
+    if from_weight == NEW:
+        model.initialise(torch.Generator().manual_seed(seed), part_of)
+        return
+    fill_from_files(model, from_weight, part_of)
+    if not isinstance(model, Decoder):
+        check_isolation(model, tolerance)
 
 
 def check_positions(model: Any, lengths: np.ndarray, max_seq_len: int) -> None:

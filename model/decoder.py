@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
-from torch.utils.checkpoint import checkpoint
 
 from model.attention import document_attention, rotary_angles, rotate
 from model.losses import Terms, supervised_terms
 from model.norm import RMSNorm
+from model.parts import PartOf, block, recompute_in_backward, whole
 
 # (q (T, heads, head_dim), k (T, kv_heads, head_dim), v like k) -> (T, heads, head_dim) in the type of v. A layer does
 # not know whether its tokens are packed documents or one new token of each cached sequence: this function does.
@@ -66,9 +66,13 @@ class DecoderConfig:
             raise ValueError("impossible model shape: " + "; ".join(wrong))
 
 
+def unset(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
+    """A module whose weights are not set, since building a model must not consume the global generator."""
+    return skip_init(kind, *sizes, device=torch.get_default_device(), **options)
+
+
 def projection(inputs: int, outputs: int) -> nn.Module:
-    """A linear map without bias; unset, since building a model must not consume the global generator."""
-    return skip_init(nn.Linear, inputs, outputs, bias=False)
+    return unset(nn.Linear, inputs, outputs, bias=False)
 
 
 class SelfAttention(nn.Module):
@@ -122,7 +126,7 @@ class Body(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = skip_init(nn.Embedding, config.vocab_size, config.hidden_size)
+        self.embed_tokens = unset(nn.Embedding, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -133,46 +137,43 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self._recomputes_layers = False
         self.model = Body(config)
         self.lm_head = projection(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialise(self, generator: torch.Generator, part_of: PartOf = whole) -> None:
         """Fill all weights from a CPU generator in parameter order, so that no device and no global seed plays a part.
 
         Embedding: normal(0, initializer_range). Projections: normal(0, 1 / sqrt(inputs)), which keeps the variance of
         what passes through at any width (LeCun et al. 1998); those that write into the residual stream are divided by
-        sqrt(2 x layers), which keeps its variance at any depth (Radford et al. 2019).
+        sqrt(2 x layers), which keeps its variance at any depth (Radford et al. 2019). Where a process holds a part of a
+        tensor, the whole is drawn and the part is kept, so that all ways to share a model start from the same numbers.
         """
         for name, parameter in self.named_parameters():
+            part, begin = part_of(parameter)
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                part.fill_(1.0)
                 continue
-            draw = torch.empty(parameter.shape).normal_(0.0, 1.0, generator=generator)
+            draw = torch.empty(parameter.shape).normal_(0.0, 1.0, generator=generator)[block(part, begin)]
             if name == "model.embed_tokens.weight":
-                parameter.copy_(draw * self.config.initializer_range)
+                part.copy_(draw * self.config.initializer_range)
             else:
                 writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 depth = 2 * self.config.num_hidden_layers if writes_residual else 1
-                parameter.copy_(draw / math.sqrt(parameter.shape[1] * depth))
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Keep only each layer's input for the backward pass and compute the rest again."""
-        self._recomputes_layers = True
+                part.copy_(draw / math.sqrt(parameter.shape[1] * depth))
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attends: Sequence[Attend]) -> Tensor:
         """Final normalised states (T, hidden) of T tokens; `attends` holds one attention function per layer."""
         x = F.dropout(self.model.embed_tokens(input_ids), self.config.dropout, self.training)
         cos, sin = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         for layer, attend in zip(self.model.layers, attends, strict=True):
-            if self._recomputes_layers and self.training:
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, attend)
+            x = layer(x, cos, sin, attend)
         return self.model.norm(x)
+
+    def enable_gradient_checkpointing(self) -> None:
+        recompute_in_backward(self.shard_units())
 
     def forward(self, batch: dict, terms: Terms) -> dict[str, Tensor]:
         """Sums of `terms(logits, positions)` over the supervised positions of a batch of packed documents."""

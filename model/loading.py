@@ -2,19 +2,23 @@
 
 import inspect
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.attention import document_attention
 from model.decoder import Decoder, DecoderConfig
 from model.losses import Terms, supervised_terms
+from model.parts import PartOf, block, recompute_in_backward, whole
+
+logger = logging.getLogger("train")
 
 ATTENTION_NAME = "documents"
 NOT_PACKABLE = "this family cannot be packed yet"
@@ -34,11 +38,29 @@ def load_model(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalL
     `dropout` is the decoder's; other models keep what their own config.json says. Raises ValueError for weights that do
     not fit their config.json and for families whose packed documents would influence each other.
     """
-    if (Path(source) / "config.json").is_file() and is_builtin(read_config(source)):
-        return load_pretrained(source, dropout)
+    if is_builtin_directory(source):
+        decoder = Decoder(_decoder_config_in(source, dropout))
+        fill_from_files(decoder, source)
+        return decoder
+    model = HFCausalLM.from_pretrained(source)
+    check_isolation(model)
+    return model
+
+
+def load_skeleton(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalLM":
+    """The model of `load_model` without memory for its weights; once it has some, `fill_from_files` sets them."""
+    if is_builtin_directory(source):
+        config = _decoder_config_in(source, dropout)
+        with torch.device("meta"):
+            return Decoder(config)
+    return HFCausalLM.skeleton(source)
+
+
+def is_builtin_directory(source: str | Path) -> bool:
+    """Whether the built-in decoder computes what lies there. Raises ValueError where nothing does."""
     if not Path(source).is_dir() and (str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))):
         raise ValueError(f"no model in {source}: there is no such directory")
-    return HFCausalLM.from_pretrained(source)
+    return (Path(source) / "config.json").is_file() and is_builtin(read_config(source))
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -86,41 +108,76 @@ def decoder_config(config: dict[str, Any], dropout: float = 0.0) -> DecoderConfi
     return DecoderConfig(**values)
 
 
-def load_pretrained(directory: str | Path, dropout: float = 0.0) -> Decoder:
-    """An exported directory (config.json and model*.safetensors) in the built-in decoder, in float32."""
-    directory = Path(directory)
+def _decoder_config_in(directory: str | Path, dropout: float) -> DecoderConfig:
     try:
-        config = decoder_config(read_config(directory), dropout)
+        return decoder_config(read_config(directory), dropout)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
+
+
+def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: PartOf = whole) -> None:
+    """Read the weights of a directory or a Hub id into a model, of each tensor only the part that is held here.
+
+    Raises ValueError where the files are damaged or do not fit the model, naming the first differences.
+    """
+    wanted = _wanted_tensors(model)
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
+    missing, wrong = dict(wanted), []
+    for file in _weight_files(source):
+        with _opened(file) as stored:
+            for name in stored.keys():  # noqa: SIM118 - not a dict
+                if name in tied:
+                    continue  # some writers save the tied head a second time
+                tensor = missing.pop(name, None)
+                shape = tuple(stored.get_slice(name).get_shape())
+                if tensor is None:
+                    wrong.append(f"{name} is not part of it")
+                elif shape != tuple(tensor.shape):
+                    wrong.append(f"{name} is {shape} and should be {tuple(tensor.shape)}")
+                else:
+                    part, begin = part_of(tensor)
+                    with torch.no_grad():
+                        part.copy_(stored.get_slice(name)[block(part, begin)] if shape else stored.get_tensor(name))
+    wrong += [f"{name} is missing" for name in missing]
+    if wrong and isinstance(model, HFCausalLM):  # the family stores its weights otherwise than it holds them
+        logger.warning("the weights of %s have to be converted: every process holds a full copy for a moment", source)
+        converted = HFCausalLM.from_pretrained(source).inner.state_dict()
+        for name, tensor in wanted.items():
+            part, begin = part_of(tensor)
+            with torch.no_grad():
+                part.copy_(converted[name][block(part, begin)])
+    elif wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"the weights in {source} do not fit its config.json: {'; '.join(wrong[:5])}{more}")
+
+
+def _wanted_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What the files have to hold: parameters, a tied one once, and persistent buffers."""
+    parameters = dict(model.named_parameters())
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {**parameters, **{name: tensor for name, tensor in model.state_dict().items() if name not in names}}
+
+
+def _weight_files(source: str | Path) -> list[Path]:
+    directory = Path(source)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        directory = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
-        raise ValueError(f"{directory} has a config.json and no model.safetensors")
-    decoder = Decoder(config)
-    missing = dict(decoder.named_parameters())
-    wrong = []
-    for file in files:
-        try:
-            stored = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged: {error}") from None
-        with stored:
-            for name in stored.keys():  # noqa: SIM118 - not a dict
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue  # some writers save the tied head a second time
-                parameter = missing.pop(name, None)
-                shape = tuple(stored.get_slice(name).get_shape())
-                if parameter is None:
-                    wrong.append(f"{name} is not part of it")
-                elif shape != tuple(parameter.shape):
-                    wrong.append(f"{name} is {shape} and should be {tuple(parameter.shape)}")
-                else:
-                    parameter.data.copy_(stored.get_tensor(name))
-    wrong += [f"{name} is missing" for name in missing]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"the weights in {directory} do not fit its config.json: {'; '.join(wrong[:5])}{more}")
-    return decoder
+        raise ValueError(f"{source} has a config.json and no model.safetensors")
+    return files
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        stored = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    with stored:
+        yield stored
 
 
 def _attention_for_transformers(
@@ -143,11 +200,25 @@ def _attention_for_transformers(
     return output.unsqueeze(0), None
 
 
+@contextmanager
+def _explained(source: str | Path) -> Iterator[None]:
+    """Our attention known to transformers, and its errors as ValueError in words that name the source."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attention_for_transformers)
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"no model in {source}: {error}") from None
+    except KeyError as error:  # some families look their attention up in a table of their own
+        raise ValueError(f"the model in {source} takes no other attention: {NOT_PACKABLE}") from error
+
+
 class HFCausalLM(nn.Module):
     """A causal language model of transformers behind the decoder's contract, under its own parameter names."""
 
     def __init__(self, inner: nn.Module) -> None:
-        """`inner`: a PreTrainedModel loaded with our attention; raises ValueError if it cannot keep documents apart."""
+        """`inner`: a PreTrainedModel loaded with our attention; `check_isolation` tells whether it uses it."""
         super().__init__()
         # The inner model's children become our own, and the model itself hides in a tuple, where nn.Module does not
         # look: so the names in state_dict() and named_parameters() are the inner ones, without a prefix.
@@ -158,15 +229,13 @@ class HFCausalLM(nn.Module):
             self.register_parameter(name, parameter)
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
         self._plain_head = False
-        _probe(self)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "HFCausalLM":
         """Float32 weights of a directory or a Hub id; safetensors only, and no code from the repository."""
-        from transformers import AttentionInterface, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        AttentionInterface.register(ATTENTION_NAME, _attention_for_transformers)
-        try:
+        with _explained(source):
             inner, info = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=torch.float32,
@@ -175,12 +244,23 @@ class HFCausalLM(nn.Module):
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"no model in {source}: {error}") from None
-        except KeyError as error:  # some families look their attention up in a table of their own
-            raise ValueError(f"the model in {source} takes no other attention: {NOT_PACKABLE}") from error
         if info["missing_keys"]:  # transformers fills them with random numbers and a warning
             raise ValueError(f"the weights in {source} lack {', '.join(sorted(info['missing_keys'])[:5])}")
+        return cls(inner)
+
+    @classmethod
+    def skeleton(cls, source: str | Path) -> "HFCausalLM":
+        """The same model without memory for its parameters; buffers, which no file holds, are computed."""
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with _explained(source):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            with init_empty_weights(include_buffers=False):
+                inner = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, attn_implementation=ATTENTION_NAME, trust_remote_code=False
+                )
+        inner.tie_weights()
         return cls(inner)
 
     @property
@@ -196,9 +276,7 @@ class HFCausalLM(nn.Module):
         return super().train(mode)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keep only each layer's input for the backward pass and compute the rest again."""
-        for layer in self.shard_units():
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        recompute_in_backward(self.shard_units())
 
     def forward(self, batch: dict, terms: Terms) -> dict[str, Tensor]:
         """Sums of `terms(logits, positions)` over the supervised positions of a batch of packed documents."""
@@ -234,12 +312,13 @@ class HFCausalLM(nn.Module):
         return total - head.numel() - (0 if embedding is head else embedding.numel()), head.numel()
 
 
-def _probe(model: HFCausalLM) -> None:
+def check_isolation(model: HFCausalLM, tolerance: float = 1e-3) -> None:
     """Raise ValueError unless a packed document gets the model's own logits and no influence from its neighbour.
 
     One trial instead of a list of families: some never call the attention that they are given, some carry state from
     token to token, some do more to the scores than they say. Influence is a gradient that is not exactly zero: equal
     logits would be too much to ask of a mixture, whose matrix products change their shape, and so their rounding.
+    `tolerance`: largest difference from the logits of a document alone, as a share of the largest logit.
     """
     numbers = torch.Generator().manual_seed(0)
     first, second = torch.randint(1, model.vocab_size, (2, PROBE_TOKENS), generator=numbers)
@@ -248,7 +327,7 @@ def _probe(model: HFCausalLM) -> None:
     embedded: list[Tensor] = []
     hook = model.inner.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]))
     try:
-        packed = _second_logits(model, first, second)
+        packed = _last_logits(model, [first, second])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{family} fails on packed documents ({error}): {NOT_PACKABLE}") from error
     hook.remove()
@@ -257,27 +336,27 @@ def _probe(model: HFCausalLM) -> None:
         raise ValueError(f"one packed document changes the logits of another in {family}: {NOT_PACKABLE}")
     with torch.no_grad():
         model.inner.set_attn_implementation("eager")
-        alone = model.inner(input_ids=second[None], use_cache=False).logits[0]
+        alone = _last_logits(model, [second])
         model.inner.set_attn_implementation(ATTENTION_NAME)
         difference, size = (packed - alone).abs().max().item(), alone.abs().max().item()
-        if not difference <= 1e-3 * size:  # also false for NaN
+        if not difference <= tolerance * size:  # also false for NaN
             raise ValueError(f"{family} computes other logits packed than alone ({difference:.2g} off): {NOT_PACKABLE}")
         if model.inner.base_model is not model.inner:
             # The head may be applied outside, in chunks, if nothing but the head stands between states and logits.
             model._plain_head = True
-            model._plain_head = torch.equal(_second_logits(model, first, second), packed)
+            model._plain_head = torch.equal(_last_logits(model, [first, second]), packed)
     model.train(training)
 
 
-def _second_logits(model: HFCausalLM, first: Tensor, second: Tensor) -> Tensor:
-    """Logits (tokens, V) of the second of two packed documents."""
-    lengths = [len(first), len(second)]
+def _last_logits(model: HFCausalLM, documents: list[Tensor]) -> Tensor:
+    """Logits (tokens, V) of the last of some packed documents."""
+    lengths, device = [len(document) for document in documents], model.inner.get_input_embeddings().weight.device
     batch = {
-        "input_ids": torch.cat([first, second]),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths]),
-        "cu_seqlens": torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32),
+        "input_ids": torch.cat(documents).to(device),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).to(device),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
         "document_lengths": lengths,
-        "supervised_positions": torch.arange(lengths[0], sum(lengths)),
+        "supervised_positions": torch.arange(sum(lengths) - lengths[-1], sum(lengths)).to(device),
     }
     logits: list[Tensor] = []
 

@@ -129,7 +129,7 @@ def load(options: argparse.Namespace) -> Talk:
     from model.choose import exported_directory, load_tokenizer
     from model.generate import Sampling
     from model.loading import load_model
-    from trainer_utils import choose_device
+    from training.process import choose_device
 
     for text in filter(None, [options.system, *(options.prompt or [])]):
         if any("\ud800" <= character <= "\udfff" for character in text):

@@ -114,7 +114,7 @@ def held_out_means(model: Any, store: Any, samples: list[int], device: Any) -> d
     from dataset.packing import plan_rows
     from dataset.rows import PackedRows, collate
     from model.losses import make_sft_objective
-    from trainer_utils import to_device
+    from training.process import to_device
     from training.sums import Sums, token_means
 
     objective, sums, lengths = make_sft_objective(), Sums(), store.lengths[samples]
@@ -143,7 +143,7 @@ def evaluate(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     from dataset.prepare import DataOptions, prepare
     from model.choose import load_tokenizer
     from model.loading import load_model
-    from trainer_utils import choose_device
+    from training.process import choose_device
 
     device = choose_device(options.device)
     model, tokenizer = load_model(directory).to(device).eval(), load_tokenizer(str(directory))

@@ -11,7 +11,6 @@ import random
 import shutil
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -122,7 +121,7 @@ def _train_rank(rank: int, values: dict, save_dir: str, wrap_objective: Callable
         objective = wrap_objective(make_sft_objective(), rank)
         original = train_full_sft.run
         train_full_sft.run = lambda config: original(config, objective)  # type: ignore[misc]
-    sys.exit(train_full_sft.main(make_config(values)))
+    train_full_sft.end_process(train_full_sft.main(make_config(values)))
 
 
 class KillAtCall:
@@ -162,6 +161,15 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def sign_again(checkpoint: Path) -> None:
+    """Make the manifest say what the files of a checkpoint hold now."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        file = checkpoint / entry["name"]
+        entry.update(size=file.stat().st_size, sha256=sha256(file))
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
 def result_of(save_dir: Path) -> dict[str, Any]:
     """All that must be equal between two runs: weights, optimizer, position, and every logged number but time."""
     newest = sorted((save_dir / "checkpoints").glob("step-*"))[-1]
@@ -171,8 +179,7 @@ def result_of(save_dir: Path) -> dict[str, Any]:
     return {
         "final": sha256(save_dir / "final" / "model.safetensors"),
         "checkpoint": newest.name,
-        "weights": sha256(newest / "model-00001-of-00001.safetensors"),
-        "optimizer": sha256(newest / "optimizer-00001-of-00001.safetensors"),
+        "tensors": {path.name: sha256(path) for path in sorted(newest.glob("*.safetensors"))},
         "loop": state["loop"],
         "scaler": state["scaler"],
         "records": [{k: v for k, v in r.items() if not any(word in k for word in timing)} for r in records],

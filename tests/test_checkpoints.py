@@ -6,15 +6,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from training.checkpoints import CheckpointError, CheckpointStore, refuse_changes, verify
 
 
-def publish(store, step, content=b"weights"):
-    directory = store.begin(step)
-    (directory / "model-00001-of-00001.safetensors").write_bytes(content)
-    (directory / "trainer_state.json").write_text(json.dumps({"step": step}))
-    return store.publish(step)
+def blocks(step):
+    weight = torch.arange(6.0).reshape(2, 3) * step
+    return {"model": {"weight": (weight, (0, 0), (2, 3))}}
+
+
+def publish(store, step, **metrics):
+    store.begin(step)
+    store.write_part(step, 0, 1, blocks(step), {"step": step})
+    return store.publish(step, 1, metrics)
 
 
 @pytest.fixture
@@ -35,7 +40,8 @@ def test_the_last_n_are_kept_and_nothing_temporary_stays(store):
 
 def test_a_save_that_was_cut_short_does_not_count_and_is_swept(store):
     publish(store, 3)
-    (store.begin(6) / "model-00001-of-00001.safetensors").write_bytes(b"half")
+    store.begin(6)
+    (store.temporary(6) / "model-00001-of-00001.safetensors").write_bytes(b"half")
     assert store.newest_verified(pytest.fail) == 3
     publish(store, 9)
     assert sorted(os.listdir(store.directory)) == ["step-00000003", "step-00000009"]

@@ -16,7 +16,7 @@ from dataset.rows import Document, collate
 from model.choose import OWN_TOKENIZER, load_tokenizer
 from model.decoder import DecoderConfig
 from model.export import export_model
-from model.loading import build_model, load_pretrained
+from model.loading import build_model, load_model
 from model.losses import sft_objective
 from scripts.evaluate import answer_all, exact_matches, main, read_cases, spread
 
@@ -201,7 +201,7 @@ def test_the_context_of_the_model_is_used_to_its_end_and_never_passed(
         assert main([str(final), *flags]) == exit_code
     assert "OVERLONG" in capsys.readouterr().err
     assert json.loads((final / "evaluation.json").read_text())["exact_match"] == 1.0  # beside a model that is in no run
-    model = load_pretrained(final)
+    model = load_model(final)
     prompt = ChatRenderer(tokenizer).prompt_ids(turns("Why?"))
     (answer, cut), (short, _) = answer_all(model, [prompt, prompt[:-1]], 512, 8, ends=set())
     assert cut and (len(answer), len(short)) == (longest - len(prompt), longest - len(prompt) + 1)

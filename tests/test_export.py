@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import model.export
 from model.decoder import Decoder
 from model.export import export_model
-from model.loading import HFCausalLM, load_model, load_pretrained
+from model.loading import HFCausalLM, load_model
 from model.losses import sft_objective
 from tests.tiny_model import FILLER, logits_of, pack, tiny, tokens
 
@@ -99,7 +99,7 @@ def test_other_weights_can_be_exported_in_place_of_the_models(tmp_path):
     average = {name: tensor + 1 for name, tensor in tiny().state_dict().items()}
     export_model(tmp_path / "final", tiny(), TOKENIZER, state_dict=average)
     assert all(
-        torch.equal(tensor, average[name]) for name, tensor in load_pretrained(tmp_path / "final").state_dict().items()
+        torch.equal(tensor, average[name]) for name, tensor in load_model(tmp_path / "final").state_dict().items()
     )
 
 
@@ -109,7 +109,7 @@ def test_a_new_export_replaces_the_old_one_whole(final):
     assert {path.name for path in final.iterdir()} == FILES
     assert {path.name for path in final.parent.iterdir()} == {"final"}
     assert all(
-        torch.equal(a, b) for a, b in zip(load_pretrained(final).parameters(), tiny(seed=1).parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(load_model(final).parameters(), tiny(seed=1).parameters(), strict=True)
     )
 
 

@@ -62,7 +62,7 @@ def packed_batch(lengths, seed, vocab_size=64):
 
 
 def logits_of(model, batch, dtype):
-    from trainer_utils import to_device
+    from training.process import to_device
 
     found = []
 

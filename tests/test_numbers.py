@@ -40,7 +40,7 @@ def weights_after(rank, answer, split, wrong):
     from model.loading import build_model
     from model.losses import sft_objective
     from train_full_sft import Learner, train_step
-    from trainer_utils import close_processes, parallelize, start_processes
+    from trainer_utils import Strategy, close_processes, parallelize, start_processes
     from training.config import Config
     from training.optimizers import make_optimizer
     from training.state import LoopState
@@ -49,16 +49,16 @@ def weights_after(rank, answer, split, wrong):
     config = DecoderConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
-    processes = start_processes("cpu", 30)
+    processes = start_processes(torch.device("cpu"), 30)
     model = build_model(config, seed=0).double().train()
     (filler,) = batches_of([-1], 1)
-    parallel = parallelize(model, processes, lambda m: sft_objective(m, filler)["ce"])
+    parallel = parallelize(model, processes, Strategy(), lambda m: sft_objective(m, filler)["ce"])
     optimizer = make_optimizer(model, Config(learning_rate=0.01, weight_decay=0.1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     learner = Learner(parallel, optimizer, scaler, objective, processes, torch.float32, 1.0, 0, objective)
     rows, batch_size = split
     norms = [
-        train_step(learner, batches_of(rows[rank], batch_size), step, 0.01, sum(COUNTS), LoopState())
+        train_step(learner, batches_of(rows[rank], batch_size), step, 0.01, sum(COUNTS), LoopState())[0]
         for step in range(1, 6)
     ]
     if rank == 0:
@@ -106,10 +106,10 @@ def count_exchanges(rank, answer):
     """How often DDP reduces gradients in one step of three micro-batches."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    from trainer_utils import close_processes, gradient_sync, parallelize, start_processes
+    from trainer_utils import Strategy, close_processes, gradient_sync, parallelize, start_processes
 
-    processes, calls = start_processes("cpu", 30), []
-    model = parallelize(torch.nn.Linear(2, 1), processes, lambda m: m(torch.zeros(1, 2)).sum() * 0)
+    processes, calls = start_processes(torch.device("cpu"), 30), []
+    model = parallelize(torch.nn.Linear(2, 1), processes, Strategy(), lambda m: m(torch.zeros(1, 2)).sum() * 0)
 
     def counted(state, bucket):
         calls.append(bucket.index())

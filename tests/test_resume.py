@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_world import TINY, KillAtCall, log_of, result_of, resume_from, train, write_rows
+from tests.small_world import TINY, KillAtCall, log_of, result_of, resume_from, sign_again, train, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,12 +34,22 @@ MATRIX = [
     (4, "float32", 1),
     (4, "bfloat16", 3),
 ]
+FSDP = [
+    (2, "float32", 3),
+    (2, "bfloat16", 1),
+    (3, "float32", 1),
+    (3, "float16", 3),
+    (4, "float32", 1),
+]
 
 
-@pytest.mark.parametrize(("world_size", "dtype", "accumulation"), MATRIX)
-def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, rows, world_size, dtype, accumulation):
+@pytest.mark.parametrize(
+    ("world_size", "dtype", "accumulation", "strategy"), [(*m, "ddp") for m in MATRIX] + [(*m, "fsdp") for m in FSDP]
+)
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, rows, world_size, dtype, accumulation, strategy):
     flags = {"data_path": str(rows), "val_data_path": str(rows), "dtype": dtype, "accumulation_steps": accumulation}
     flags |= {"save_interval": "2", "batch_size": 2 if world_size == 1 else 1, "epochs": 3 if accumulation == 1 else 5}
+    flags["strategy"] = strategy
     assert train(world_size, tmp_path / "whole", **flags) == [0] * world_size, log_of(tmp_path / "whole")
     kill = KillAtCall(call=3 * accumulation + 2, victim=world_size - 1)  # after three steps or four, one checkpoint
     codes = train(world_size, tmp_path / "cut", wrap_objective=kill, **flags)
@@ -71,16 +81,13 @@ def test_a_lost_optimizer_would_be_noticed(tmp_path, rows):
     """Negative control: the comparison sees a resume that forgets the optimizer's memory."""
     from safetensors.torch import load_file, save_file
 
-    from training.checkpoints import write_manifest
-
     flags = {"data_path": str(rows)}
     assert train(1, tmp_path / "whole", **flags) == [0]
     copy = resume_from(tmp_path / "whole", 3, tmp_path / "copy")
     checkpoint = copy / "checkpoints" / "step-00000003"
     file = checkpoint / "optimizer-00001-of-00001.safetensors"
     save_file({name: tensor * 0 for name, tensor in load_file(file).items()}, file)
-    (checkpoint / "manifest.json").unlink()
-    write_manifest(checkpoint, 3)
+    sign_again(checkpoint)
     assert train(1, copy, from_resume="1", **flags) == [0]
     assert result_of(copy)["final"] != result_of(tmp_path / "whole")["final"]
 

@@ -1,26 +1,36 @@
 """The file half of checkpoints: what is on the disk, whether it is whole, and which one counts.
 
-A checkpoint exists when its directory has its final name `step-00000300`. It is written under `.tmp-step-00000300`,
-every file is fsynced, `manifest.json` (name, size and sha256 of each file) comes last, and only then is the directory
-renamed and its parent fsynced. A crash at any point leaves either the old state or the new one. Loading trusts no hint:
-it scans newest first and takes the first whose files all hash to what the manifest says.
+A checkpoint exists when its directory has its final name `step-00000300`. It is written under `.tmp-step-00000300` by
+all ranks, each with files of its own that it forces to the disk and lists in a part list; when all lists are there,
+rank 0 writes `manifest.json` (name, size and sha256 of each file) last, and only then is the directory renamed and its
+parent fsynced. A crash at any point leaves either the old state or the new one. Loading trusts no hint: it scans newest
+first and takes the first whose files all hash to what the manifest says.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-FORMAT_VERSION = 1
+from training.shards import Block, ShardReader, bytes_of, write_shard
+
+logger = logging.getLogger("train")
+
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 RUN_FILES = (
@@ -44,6 +54,14 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, and force their names to the disk."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_path(path.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON and force it to the disk; floats survive exactly (repr round-trips)."""
     with open(path, "w", encoding="utf-8") as file:
@@ -64,51 +82,67 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(directory: Path, step: int) -> None:
-    """List every file of `directory` with its size and hash; force files, manifest and directory to the disk."""
-    files = []
-    for path in sorted(directory.iterdir()):
-        fsync_path(path)
-        files.append({"name": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)})
-    write_json(directory / MANIFEST, {"format_version": FORMAT_VERSION, "step": step, "files": files})
+def write_manifest(directory: Path, step: int, files: list[dict[str, Any]], metrics: Mapping[str, float]) -> None:
+    """List {name, size, sha256} of every file, which are on the disk already; force manifest and directory to it."""
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "metrics": dict(metrics), "files": files}
+    write_json(directory / MANIFEST, manifest)
     fsync_path(directory)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """A manifest that says what a manifest has to say. Raises CheckpointError naming the file."""
+    file = directory / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version, step = manifest["format_version"], manifest["step"]
+        names = [str(entry["name"]) for entry in manifest["files"] if (entry["size"], entry["sha256"])]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: unreadable ({error})") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{file}: format {version}, this program reads {FORMAT_VERSION}")
+    if TRAINER_STATE not in names:
+        raise CheckpointError(f"{file}: lists no {TRAINER_STATE}")
+    match = _STEP_NAME.fullmatch(directory.name)
+    if match and int(match[1]) != step:
+        raise CheckpointError(f"{file}: is of step {step}, the directory says {int(match[1])}")
+    for name in names:  # one with a separator could reach outside the directory
+        if not _FILE_NAME.fullmatch(name):
+            raise CheckpointError(f"{file}: lists the forbidden name {name!r}")
+    return manifest
 
 
 def verify(directory: Path) -> dict[str, Any]:
     """The manifest of a whole checkpoint. Raises CheckpointError naming the first file that is not as written."""
-    try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        version, step = manifest["format_version"], manifest["step"]
-        files = [(entry["name"], entry["size"], entry["sha256"]) for entry in manifest["files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory / MANIFEST}: unreadable ({error})") from None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{directory / MANIFEST}: format {version}, this program reads {FORMAT_VERSION}")
-    if TRAINER_STATE not in [name for name, _, _ in files]:
-        raise CheckpointError(f"{directory / MANIFEST}: lists no {TRAINER_STATE}")
-    match = _STEP_NAME.fullmatch(directory.name)
-    if match and int(match[1]) != step:
-        raise CheckpointError(f"{directory / MANIFEST}: is of step {step}, the directory says {int(match[1])}")
-    for name, size, digest in files:
-        path = directory / str(name)
-        # A name with a separator could reach outside the directory.
-        if not _FILE_NAME.fullmatch(str(name)):
-            raise CheckpointError(f"{directory / MANIFEST}: lists the forbidden name {name!r}")
+    manifest = read_manifest(directory)
+    listed = {entry["name"] for entry in manifest["files"]}
+    unlisted = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in listed)
+    if unlisted:  # a reader that takes every file of the directory would take it too
+        raise CheckpointError(f"{directory / unlisted[0]}: is not in the manifest")
+
+    def check(entry: dict[str, Any]) -> None:
+        path, size = directory / entry["name"], entry["size"]
         if not path.is_file() or path.is_symlink():
             raise CheckpointError(f"{path}: missing")
         if path.stat().st_size != size:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, {size} were written")
-        if sha256_of(path) != digest:
+        if sha256_of(path) != entry["sha256"]:
             raise CheckpointError(f"{path}: content differs from what was written (sha256)")
+
+    with ThreadPoolExecutor() as threads:  # hashing does not hold the interpreter's lock
+        for _ in threads.map(check, manifest["files"]):
+            pass
     return manifest
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one run; only rank 0 calls the methods that change the disk, except `temporary`."""
+    """The checkpoints of one run; rank 0 alone calls the methods that change the disk, except `write_part`."""
 
     directory: Path
     keep_last: int = 3
+    keep_best: int = 0
+    metric: str = "eval/loss"
+    mode: str = "min"
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, oldest first; other names in the directory are not ours."""
@@ -137,30 +171,84 @@ class CheckpointStore:
         if self.directory.is_dir():
             fsync_path(self.directory)
 
-    def begin(self, step: int) -> Path:
-        """An empty directory to write into, on the filesystem of the final one."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+    def begin(self, step: int, needed_bytes: int = 0) -> None:
+        """Make an empty directory to write into, where the final one will be. Raises OSError where there is no room."""
+        make_directory(self.directory)
         for leftover in self.directory.glob(".t*-step-*"):  # .tmp- of a save, .trash- of a deletion that was cut short
             shutil.rmtree(leftover)
+        if needed_bytes > shutil.disk_usage(self.directory).free:
+            raise OSError(errno.ENOSPC, self._room(needed_bytes))
         self.temporary(step).mkdir()
-        return self.temporary(step)
 
-    def publish(self, step: int) -> Path:
-        """Give the written directory its final name, then delete what is older than the last `keep_last`."""
-        write_manifest(self.temporary(step), step)
-        final = self.path(step)
-        os.rename(self.temporary(step), final)
+    def write_part(
+        self, step: int, rank: int, ranks: int, shards: Mapping[str, Mapping[str, Block]], state: Any = None
+    ) -> None:
+        """Write one rank's files, `{kind}-0000r-of-0000N.safetensors` for each kind, and then its part list.
+
+        Raises OSError with the place and the bytes needed and free.
+        """
+        directory, needed = self.temporary(step), sum(map(bytes_of, shards.values()))
+        try:
+            files = [
+                write_shard(directory / f"{kind}-{rank + 1:05d}-of-{ranks:05d}.safetensors", blocks)
+                for kind, blocks in shards.items()
+            ]
+            if state is not None:
+                write_json(directory / TRAINER_STATE, state)
+                size, digest = (directory / TRAINER_STATE).stat().st_size, sha256_of(directory / TRAINER_STATE)
+                files.append({"name": TRAINER_STATE, "size": size, "sha256": digest})
+            draft = directory / f".part-{rank}.draft"
+            write_json(draft, files)
+            os.replace(draft, directory / f".part-{rank}")
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: {self._room(needed)}") from error
+
+    def write(self, step: int, rank: int, ranks: int, shards: Any, state: Any, metrics: Any) -> Flight:
+        """Write this rank's part in the background; on rank 0 also publish when all parts are there."""
+        return Flight(self, step, rank, ranks, shards, state, metrics)
+
+    def is_written(self, step: int, ranks: int) -> bool:
+        """Whether every rank has written its part."""
+        return all((self.temporary(step) / f".part-{rank}").is_file() for rank in range(ranks))
+
+    def publish(self, step: int, ranks: int, metrics: Mapping[str, float] | None = None) -> Path:
+        """Give the written directory its final name, then delete what need not be kept."""
+        draft, final = self.temporary(step), self.path(step)
+        parts = [draft / f".part-{rank}" for rank in range(ranks)]
+        files = [entry for part in parts for entry in json.loads(part.read_text(encoding="utf-8"))]
+        for part in parts:
+            part.unlink()
+        write_manifest(draft, step, files, metrics or {})
+        os.rename(draft, final)
         fsync_path(self.directory)
-        for old in self.steps()[: -self.keep_last]:
-            self._retire(self.path(old))
+        try:
+            for old in self.retired():
+                self.delete(old)
+        except OSError as error:  # the new checkpoint stands; the next one tries again
+            logger.warning("an old checkpoint could not be deleted: %s", error)
         return final
 
     def abandon(self, step: int) -> None:
         shutil.rmtree(self.temporary(step), ignore_errors=True)
 
-    def _retire(self, path: Path) -> None:
-        trash = path.with_name(f".trash-{path.name}")
-        os.rename(path, trash)
+    def retired(self) -> list[int]:
+        """Steps that are neither among the last ones nor among the best; what has no manifest is not ours to delete."""
+        manifests = {}
+        for step in self.steps():
+            try:
+                manifests[step] = read_manifest(self.path(step))
+            except CheckpointError:
+                continue
+        sign = 1 if self.mode == "min" else -1
+        measured = [step for step, manifest in manifests.items() if self.metric in manifest["metrics"]]
+        best = sorted(measured, key=lambda step: (sign * manifests[step]["metrics"][self.metric], step))
+        kept = {*list(manifests)[-self.keep_last :], *best[: self.keep_best]}
+        return [step for step in manifests if step not in kept]
+
+    def delete(self, step: int) -> None:
+        """Take the name away first, so that a crash in the middle leaves nothing that looks like a checkpoint."""
+        trash = self.directory / f".trash-{self.path(step).name}"
+        os.rename(self.path(step), trash)
         fsync_path(self.directory)
         shutil.rmtree(trash)
 
@@ -177,6 +265,49 @@ class CheckpointStore:
         if problems:
             raise CheckpointError("every checkpoint is damaged, nothing to resume from:\n" + "\n".join(problems))
         return None
+
+    def _room(self, needed: int) -> str:
+        try:
+            free = f"{shutil.disk_usage(self.directory).free:,}"
+        except OSError as error:
+            free = f"unknown ({error.strerror})"
+        return f"{self.directory}: {needed:,} bytes needed, {free} free"
+
+
+class Flight:
+    """One checkpoint on its way to the disk, in a thread that takes part in no exchange between ranks."""
+
+    def __init__(self, store: CheckpointStore, step: int, rank: int, ranks: int, shards: Any, state: Any, metrics: Any):
+        self.step, self.started = step, time.perf_counter()
+        self.problem: Exception | None = None
+        self._ended = threading.Event()
+
+        def work() -> None:
+            try:
+                store.write_part(step, rank, ranks, shards, state)
+                while rank == 0 and not store.is_written(step, ranks):
+                    if self._ended.wait(0.01):
+                        return
+                if rank == 0:
+                    store.publish(step, ranks, metrics)
+            except Exception as error:  # whatever it is, the loop and the other ranks must hear of it
+                self.problem = error
+
+        self._thread = threading.Thread(target=work, name=f"checkpoint of step {step}", daemon=True)
+        self._thread.start()
+
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def end(self) -> None:
+        """Wait for no other rank any more, and for this one's own writing."""
+        self._ended.set()
+        self._thread.join()
+
+
+def open_shards(directory: Path, kind: str) -> ShardReader:
+    """The tensors of one kind, `model` or `optimizer`, in a verified checkpoint."""
+    return ShardReader(sorted(directory.glob(f"{kind}-*-of-*.safetensors")))
 
 
 def check_run_directory(save_dir: Path, from_resume: str, continues: bool, overwrite: bool) -> None:

@@ -144,14 +144,23 @@ class Config:
     device: str = flag("auto", "auto = CUDA where there is one", group="hardware", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "arithmetic under autocast; auto = bfloat16 on CUDA, float32 on CPU", group="hardware", choices=("auto", "float32", "bfloat16", "float16"))
     deterministic: bool = flag(False, "only deterministic CUDA kernels (the CPU always is)", group="hardware")
-    group_timeout_seconds: int = flag(300, "seconds until a silent process group counts as hung", group="hardware", minimum=5)
+    strategy: str = flag("ddp", "ddp = every process holds the whole model, fsdp = its share of every tensor", group="hardware", choices=("ddp", "fsdp"))
+    shard_size: int | None = flag(None, "processes that share one copy of the model under fsdp (default: all; processes per node = hybrid sharding)", group="hardware", minimum=2)
+    cpu_offload: bool = flag(False, "keep the shards of fsdp in host memory between uses (CUDA)", group="hardware")
+    gradient_checkpointing: bool = flag(False, "keep each layer's input only and compute the rest again in the backward pass", group="hardware")
+    group_timeout_seconds: int = flag(120, "seconds without progress that count as a hang; before the first step 2.5 times as many", group="hardware", minimum=2)
 
     save_dir: str = flag("runs/full_sft", "directory of the run", group="run")
     from_resume: str = flag("0", "1 = continue from the newest good checkpoint (or start), PATH = from that one", group="run")
     overwrite: bool = flag(False, "delete the run that --save_dir holds", group="run")
     allow_change: str = flag("", f"comma-separated things that may differ on resume: {', '.join(ALLOWED_CHANGES)}", group="run")
     save_interval: str = flag("200", "save every N steps or every 'Nepoch'", group="run", interval=True)
-    keep_last: int = flag(3, "checkpoints kept", group="run", minimum=2)
+    async_save: bool = flag(False, "write checkpoints in the background, from a copy in host memory", group="run")
+    keep_last: int = flag(3, "newest checkpoints kept", group="run", minimum=2)
+    save_top_k: int = flag(0, "best checkpoints kept besides; each evaluation then saves", group="run", minimum=0)
+    monitor_metric: str = flag("eval/loss", "metric of an evaluation that says which are best", group="run")
+    monitor_mode: str = flag("min", "whether small or large values of it are good", group="run", choices=("min", "max"))
+    max_hours: float | None = flag(None, "save and stop before so many hours have passed since the start", group="run", above=0)
     eval_interval: str = flag("1epoch", "validate every N steps or every 'Nepoch'", group="run", interval=True)
     eval_at_start: bool = flag(False, "validate once before the first step", group="run")
     log_interval: str = flag("100", "log every N steps or every 'Nepoch'", group="run", interval=True)
@@ -182,6 +191,11 @@ class Config:
             problems.append("--system_field needs --prompt_field and --response_field")
         if self.warmup_steps and self.warmup_ratio:
             problems.append("--warmup_steps and --warmup_ratio are both given: choose one")
+        for name in ("shard_size", "cpu_offload"):
+            if getattr(self, name) and self.strategy != "fsdp":
+                problems.append(f"--{name} belongs to --strategy fsdp")
+        if self.save_top_k and not (self.val_data_path or self.val_fraction or self.data_path == "demo"):
+            problems.append("--save_top_k needs held-out data: --val_data_path or --val_fraction")
         if self.overwrite and self.from_resume != "0":
             problems.append("--overwrite 1 deletes the run that --from_resume would continue: choose one")
         for name in self.allowed_changes:

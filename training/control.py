@@ -1,24 +1,47 @@
-"""What the outside asks of a run: signals set a flag, and the loop looks at the flag between two steps."""
+"""What the outside asks of a run: signals, a control file, a time limit. All of them set flags that the loop looks at.
+
+The ranks add up their wishes once per step, in the exchange of numbers that a step needs anyway, and all obey at once.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import signal
+import stat
+import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+logger = logging.getLogger("train")
+
+PAUSE, RESUME, SAVE, STOP = COMMANDS = ("pause", "resume", "save", "stop")
+MAX_BYTES = 4096
+# Why a run stops early, in the order of precedence; those that mean to go on elsewhere are preempted.
+STOP_REASONS = ("Ctrl-C", "a stop command", "SIGTERM or SIGHUP", "--max_hours")
+PREEMPTED = STOP_REASONS[2:]
+
+
+class Stopped(Exception):
+    """The run ends early, on all ranks between the same two steps; the text is one of STOP_REASONS."""
+
 
 class SignalFlags:
-    """SIGTERM and SIGINT ask to stop, SIGUSR1 asks for a checkpoint; a second stop signal ends the process at once."""
+    """SIGTERM, SIGHUP and SIGINT ask to stop, SIGUSR1 asks for a checkpoint; a second stop signal ends at once."""
 
-    STOP = (signal.SIGTERM, signal.SIGINT)
+    STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.stop = 0
-        self.save = 0
+        self.save = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> SignalFlags:
         for number in (*self.STOP, signal.SIGUSR1):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup wants it ignored
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -29,9 +52,72 @@ class SignalFlags:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         # A handler runs between any two instructions: it may set a flag and nothing else.
         if number == signal.SIGUSR1:
-            self.save = 1
+            self.save = True
         elif self.stop:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         else:
             self.stop = number
+
+
+class ControlFile:
+    """control.json {"id", "command"}, written by other programs; each id is obeyed once, none of an earlier run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._seen: Any = None
+        self._stamp: tuple[int, ...] = ()
+        self.read()
+
+    def read(self) -> str | None:
+        """The command if there is a new one. Whatever else lies there is reported once and ignored."""
+        try:
+            status = os.stat(self.path, follow_symlinks=False)
+            stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
+            if stamp == self._stamp:
+                return None
+            self._stamp = stamp
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+                raise ValueError(f"no file of at most {MAX_BYTES} bytes")
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            number, command = content["id"], content["command"]
+            if command not in COMMANDS:
+                raise ValueError(f"unknown command {str(command)[:40]!r}")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            logger.warning("%s is ignored: %s", self.path, error)
+            return None
+        if number == self._seen:
+            return None
+        self._seen = number
+        return str(command)
+
+
+class Wishes:
+    """What this rank would have the run do; only rank 0 has a control file and a time limit."""
+
+    def __init__(self, signals: SignalFlags, control: ControlFile | None, stop_at: float | None = None):
+        """`stop_at`: value of time.monotonic() from which on the run must end."""
+        self.signals, self.control, self.stop_at = signals, control, stop_at
+        self._pause = self._save = self._stop = False
+
+    def look(self) -> list[int]:
+        """One number for each of STOP_REASONS, then pause and save; the sums over ranks go to `obey`."""
+        command = self.control.read() if self.control else None
+        asked, self.signals.save = self.signals.save, False
+        self._pause = command == PAUSE or (self._pause and command not in (RESUME, STOP))
+        self._save |= asked or command == SAVE
+        self._stop |= command == STOP
+        interrupted = self.signals.stop == signal.SIGINT
+        late = self.stop_at is not None and time.monotonic() >= self.stop_at
+        wishes = [interrupted, self._stop, bool(self.signals.stop) and not interrupted, late]
+        return [int(wish) for wish in (*wishes, self._pause, self._save)]
+
+    def obey(self, sums: list[int]) -> tuple[str | None, bool, bool]:
+        """Why to stop, or None; whether to pause; whether to save, which is thereby granted."""
+        *stops, pause, save = sums
+        if save:
+            self._save = False
+        reason = next((name for name, count in zip(STOP_REASONS, stops, strict=True) if count), None)
+        return reason, bool(pause), bool(save)

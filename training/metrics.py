@@ -6,6 +6,7 @@ A sink that fails is reported once and dropped: training never dies of its repor
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -56,6 +57,7 @@ class MetricsLog:
     def __init__(self, path: Path):
         self.path = path
         self.sinks: list[Sink] = []
+        self._waiting = b""  # lines that the disk had no room for
 
     def follow(self, make_sink: Callable[[], Sink]) -> None:
         """Add a sink; one that cannot even start is reported and left out."""
@@ -64,10 +66,14 @@ class MetricsLog:
         except Exception as error:
             logger.warning("metrics go to %s only: %s", self.path.name, error)
 
-    def start(self, step: int) -> None:
-        """Keep the records up to `step`, so that no step stands twice after a resume; from step 0 on, none."""
+    def start(self, step: int, whole_step: bool = True) -> None:
+        """Keep the records up to `step`, so that no step stands twice after a resume; from step 0 on, none.
+
+        Unless the `whole_step` was finished, of its records only the one of the update is kept.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_records(self.path) if r["step"] <= step] if step and self.path.exists() else []
+        records = read_records(self.path) if step and self.path.exists() else []
+        kept = [r for r in records if r["step"] < step or r["step"] == step and (whole_step or r["kind"] == "train")]
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in kept)
@@ -77,10 +83,24 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         record = strict({"step": step, "time": time.time(), "kind": kind, **values})
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._append(json.dumps(record, allow_nan=False).encode() + b"\n")
         for sink in list(self.sinks):
             self._guarded(sink, functools.partial(sink.log, record))
+
+    def _append(self, line: bytes) -> None:
+        """Add a line after those that are still waiting; on a full disk they wait for the next one."""
+        first_trouble, self._waiting = not self._waiting, self._waiting + line
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                written = file.write(self._waiting)
+                if written < len(self._waiting):  # half a line would spoil the next one
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._waiting = b""
+        except OSError as error:
+            if first_trouble:
+                logger.warning("%s cannot be written, its records wait in memory: %s", self.path, error.strerror)
 
     def close(self) -> None:
         for sink in list(self.sinks):

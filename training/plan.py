@@ -23,6 +23,7 @@ class Plan:
     log_interval: str
     eval_interval: str
     save_interval: str
+    save_evaluated: bool  # also what has just been evaluated
     lr: Callable[[int], float]
 
     def steps_of(self, epoch: int, rows_done: int = 0) -> int:
@@ -40,6 +41,11 @@ class Plan:
             done = state.epoch + self.ends_epoch(state)
             return (self.ends_epoch(state) or state.rows == 0) and done % int(interval.removesuffix("epoch")) == 0
         return state.step % int(interval) == 0
+
+    def saves(self, state: LoopState) -> bool:
+        """Whether a checkpoint is due after this step."""
+        evaluated = self.save_evaluated and self.due(state, self.eval_interval)
+        return evaluated or self.due(state, self.save_interval)
 
     def epochs_done(self, state: LoopState) -> float:
         return state.epoch + state.rows / self.rows_of(state.epoch)
@@ -82,6 +88,7 @@ def make_plan(config: Config, rows_of: Callable[[int], int], window_rows: int, s
         log_interval=config.log_interval,
         eval_interval=config.eval_interval,
         save_interval=config.save_interval,
+        save_evaluated=config.save_top_k > 0,
         lr=lr,
     )
 

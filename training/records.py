@@ -42,11 +42,14 @@ class StateFile:
         due = values.get("status", self.values["status"]) != self.values["status"] or now - self._written_at >= 1.0
         self.values.update(values, updated_at=now)
         if due:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text(json.dumps(strict(self.values), indent=1, allow_nan=False), encoding="utf-8")
-            os.replace(temporary, self.path)
             self._written_at = now
+            temporary = self.path.with_name(f".{self.path.name}.tmp")
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps(strict(self.values), indent=1, allow_nan=False), encoding="utf-8")
+                os.replace(temporary, self.path)
+            except OSError as error:  # a full disk must not end the run; checkpoints have their own rules
+                logger.warning("%s cannot be written: %s", self.path, error.strerror)
 
 
 class Meter:
@@ -134,14 +137,17 @@ class RunRecords:
         self.state_file = StateFile(save_dir / "state.json")
         self.progress: Progress | None = None
         self.last_eval: dict[str, float] = {}
+        self._last_eval_step = -1
 
     @contextlib.contextmanager
     def running(self, state: LoopState, plan: Plan) -> Iterator[None]:
         """Cut the records back to the step that the run starts from; say so when the block ends with an error."""
         if self.is_main:
-            self.metrics.start(state.step)
+            self.metrics.start(state.step, whole_step=not state.unfinished)
             evaluations = [r for r in read_records(self.metrics.path) if r["kind"] == "eval"]
-            self.last_eval = {k: v for r in evaluations[-1:] for k, v in r.items() if k.startswith("eval/")}
+            for last in evaluations[-1:]:
+                self.last_eval = {key: value for key, value in last.items() if key.startswith("eval/")}
+                self._last_eval_step = last["step"]
             self.progress = Progress(plan.total_steps, state.step)
             self.state_file.update(status="running", started_at=time.time(), **self._position(state, plan))
         try:
@@ -174,7 +180,7 @@ class RunRecords:
         )
 
     def log_eval(self, state: LoopState, values: dict[str, float]) -> None:
-        self.last_eval = values
+        self.last_eval, self._last_eval_step = values, state.step
         if self.is_main and self.progress is not None:
             self.metrics.write("eval", state.step, **values)
             words = [f"{name.removeprefix('eval/').replace('_', ' ')} {value:.4f}" for name, value in values.items()]
@@ -201,6 +207,14 @@ class RunRecords:
         if self.is_main and self.progress is not None:
             self.progress.advance()
             self.state_file.update(**self._position(state, plan))
+
+    def status(self, status: str, exit_reason: str | None = None) -> None:
+        if self.is_main:
+            self.state_file.update(status=status, **({"exit_reason": exit_reason} if exit_reason else {}))
+
+    def metrics_of(self, step: int) -> dict[str, float]:
+        """What an evaluation after this step gave, if there was one."""
+        return self.last_eval if step == self._last_eval_step else {}
 
     def close(self, status: str, exit_reason: str) -> None:
         if self.is_main:

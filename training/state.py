@@ -25,7 +25,7 @@ class LoopState:
     non_finite: int = 0  # steps left out because of a gradient that was not finite
     non_finite_in_a_row: int = 0
     overflows: int = 0  # steps that the fp16 loss scale left out
-    bad_losses: int = 0  # micro-batches of this epoch whose loss was not finite
+    unfinished: bool = False  # a stop came between the update of this step and the end of its validation
     since_log: Sums = field(default_factory=Sums)
     since_epoch: Sums = field(default_factory=Sums)
 
@@ -38,7 +38,6 @@ class LoopState:
 
     def next_epoch(self) -> None:
         self.epoch, self.rows, self.since_epoch = self.epoch + 1, 0, Sums()
-        self.bad_losses = 0
 
     def count_non_finite(self) -> None:
         """Raises NonFiniteError when there are too many to go on."""

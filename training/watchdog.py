@@ -1,0 +1,61 @@
+"""Ends a process that no longer gets on, with the stacks of its threads, instead of waiting for ever."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger("train")
+
+EXIT_HANG = 76
+# Before the first step: kernels are built, data is read for the first time, other hosts are still starting.
+FIRST_FACTOR = 2.5
+SECONDS_FOR_THE_OTHERS = 2.0  # torchrun ends all ranks when the first one goes, and each has stacks to write
+
+
+class Watchdog:
+    """A thread that wants to hear `beat` every `limit_seconds`, before the first `started` 2.5 times as long."""
+
+    def __init__(self, limit_seconds: float, on_hang: Callable[[str], None]):
+        """`on_hang(message)` is called in the watchdog's thread before the process ends with EXIT_HANG."""
+        self.limit_seconds, self.on_hang = limit_seconds, on_hang
+        self._limit = limit_seconds * FIRST_FACTOR
+        self._last_beat = time.monotonic()
+        self._closed = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        self.beat()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+
+    def beat(self) -> None:
+        """Say that this process got on."""
+        self._last_beat = time.monotonic()
+
+    def started(self) -> None:
+        """Say that the first step is done, from where on the shorter limit holds."""
+        self._limit = self.limit_seconds
+        self.beat()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self.limit_seconds / 10)):
+            silent = time.monotonic() - self._last_beat
+            if silent > self._limit:
+                message = (
+                    f"hang: this process got no further for {silent:.0f} s; the stacks of its threads follow. Another "
+                    "rank may be stuck, or the data; if it is only slow, raise --group_timeout_seconds"
+                )
+                logger.error(message)
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                self.on_hang(message)
+                sys.stderr.flush()
+                time.sleep(SECONDS_FOR_THE_OTHERS)
+                os._exit(EXIT_HANG)
