@@ -16,7 +16,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from dataset.chat import show
 from dataset.ledger import report_lines
-from dataset.load import DataRequest, load_rows, make_loader, write_rejects
+from dataset.load import DataRequest, fetch_windows, load_rows, make_loader, write_rejects
 from dataset.prepare import DataOptions
 from dataset.reader import DataError
 from dataset.rows import FILLER, PackedRows, collate
@@ -59,7 +59,6 @@ from trainer_utils import (
     in_order_batches,
     load_checkpoint,
     local_part,
-    micro_batches_per_step,
     parallelize,
     seed_everything,
     start_processes,
@@ -80,7 +79,7 @@ from training.control import PREEMPTED, ControlFile, SignalFlags, Stopped, Wishe
 from training.environment import write_descriptions
 from training.metrics import WandbSink
 from training.optimizers import make_optimizer
-from training.plan import Plan, identity_of, make_plan, share_of_a_step
+from training.plan import Plan, identity_of, make_plan, micro_batches_per_step, share_of_a_step
 from training.process import (
     choose_device,
     device_name_of,
@@ -102,7 +101,6 @@ Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 EXIT_CODES = {DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
 EXIT_BUG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 70, 75, 130
-PAUSE_SECONDS = 0.5  # between two looks of paused ranks, which no time limit of the process group ever sees
 
 
 @dataclass
@@ -204,7 +202,7 @@ def train_epoch(
         if save_failed:
             hooks.settle_save()
         with meter.paused():
-            obey(learner, wishes, sums, records, hooks)
+            wishes.obey(sums, processes.sum_ints, hooks.save, records.status, learner.beat)
 
         # 3. update
         lr = plan.lr(state.step + 1)
@@ -225,35 +223,6 @@ def train_epoch(
             if plan.saves(state):
                 hooks.save()
         records.step_done(state, plan)
-
-
-def fetch_windows(loader: DataLoader, micro_batches: int) -> Iterator[tuple[list[Batch], Exception | None]]:
-    """The micro-batches of one step at a time, or what went wrong: all ranks hear of it before one of them raises."""
-    try:
-        batches = iter(loader)
-        while window := list(itertools.islice(batches, micro_batches)):
-            yield window, None
-    except Exception as problem:
-        yield [], problem
-
-
-def obey(learner: Learner, wishes: Wishes, sums: list[int], records: RunRecords, hooks: Hooks) -> None:
-    """Do what the ranks wished together: raise Stopped, save, or wait with the fetched window until a pause ends."""
-    paused = False
-    while True:
-        stop, pause, save = wishes.obey(sums)
-        if stop:
-            raise Stopped(stop)
-        if save or (pause and not paused):  # whatever happens in a pause loses nothing
-            hooks.save()
-        if pause != paused:
-            records.status("paused" if pause else "running")
-        if not pause:
-            return
-        paused = True
-        time.sleep(PAUSE_SECONDS)
-        learner.beat()
-        sums = learner.processes.sum_ints(wishes.look())
 
 
 def finish_step(
@@ -291,13 +260,11 @@ def judge_norm(
         state.overflows += 1  # routine in fp16: the losses are fine, the scale was too high and has just been halved
         return
     # Where all losses are finite, the backward pass has overflowed, and nobody can tell for which rank's samples.
-    suspects = guilty if found else window
-    samples = [rows.store.where(i) for batch in suspects for i in batch["sample_ids"] if i != FILLER]
+    ids = [i for batch in (guilty if found else window) for i in batch["sample_ids"] if i != FILLER]
+    samples, rank = [rows.store.where(i) for i in ids], learner.processes.rank
     if samples:
-        logger.warning(
-            "step %d: gradient norm %s, weights left alone; samples of rank %d: %s",
-            state.step, norm, learner.processes.rank, ", ".join(map(str, samples)),
-        )  # fmt: skip
+        message = "step %d: gradient norm %s, weights left alone; samples of rank %d: %s"
+        logger.warning(message, state.step, norm, rank, ", ".join(samples))
     records.event(state.step, "non_finite_gradient", samples=samples)
     state.count_non_finite()
 
@@ -311,9 +278,7 @@ def validate(learner: Learner, loader: DataLoader, wishes: Wishes) -> dict[str, 
     model, sums = unwrap(learner.model), Sums()
     model.eval()
     for batch in loader:
-        stop, _, _ = wishes.obey(learner.processes.sum_ints(wishes.look()))
-        if stop:
-            raise Stopped(stop)
+        wishes.stop_if_wished(learner.processes.sum_ints(wishes.look()))
         batch = to_device(batch, learner.processes.device)
         with learner.autocast():
             terms = learner.measure(model, batch)
@@ -475,7 +440,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
                 data.train.set_epoch(epoch)
                 batches.skip_batches = sampler.begin(epoch, len(data.train), state.rows) * micro_batches
                 train_epoch(learner, loader, micro_batches, state, plan, records, wishes, hooks)
-            checkpointer.finish()
+            save(last=True)
         except Stopped as stop:
             reason = str(stop)
             save(last=True)

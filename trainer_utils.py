@@ -285,11 +285,6 @@ def in_order_batches(num_rows: int, batch_size: int, processes: Processes) -> Sk
     return SkipBatchSampler(sampler, batch_size)
 
 
-def micro_batches_per_step(window_rows: int, world_size: int, batch_size: int) -> int:
-    """Micro-batches that each rank needs for a step of `window_rows` global rows."""
-    return -(-window_rows // (world_size * batch_size))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Checkpoint helper
 
@@ -298,24 +293,13 @@ def micro_batches_per_step(window_rows: int, world_size: int, batch_size: int) -
 Block = tuple[Tensor, tuple[int, ...], tuple[int, ...]]
 
 
-class Flight(Protocol):
-    """One checkpoint on its way to the disk."""
-
-    step: int
-    started: float
-    problem: Exception | None
-
-    def is_done(self) -> bool: ...
-    def end(self) -> None: ...
-
-
 class Store(Protocol):
     """What the helper needs of the directory of checkpoints; training/checkpoints.py has it."""
 
     def newest_verified(self, warn: Callable[[str], None]) -> int | None: ...
     def path(self, step: int) -> Path: ...
     def begin(self, step: int, needed_bytes: int) -> None: ...
-    def write(self, step: int, rank: int, ranks: int, shards: Any, state: Any, metrics: Any) -> Flight: ...
+    def write(self, step: int, rank: int, ranks: int, shards: Any, state: Any, metrics: Any) -> Any: ...
     def abandon(self, step: int) -> None: ...
 
 
@@ -393,7 +377,7 @@ class Checkpointer:
         self.state, self.constants, self.processes, self.report = state, constants, processes, report
         self.in_background, self.beat = in_background, beat
         self.saved_step, self.failures = state.step, 0
-        self.flight: Flight | None = None
+        self.flight: Any = None
 
     def save(self, metrics: Mapping[str, float], last: bool = False) -> None:
         """Every rank must call it. `metrics` of this step go into the manifest; `last`: nothing will be tried later.

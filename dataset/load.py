@@ -1,8 +1,9 @@
 """From the data flags of a run to its packed rows: the one call that the trainer makes."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,16 @@ def make_loader(
         pin_memory=pin_memory and torch.cuda.is_available(),
         **workers,
     )
+
+
+def fetch_windows(loader: DataLoader, micro_batches: int) -> Iterator[tuple[list[dict[str, Any]], Exception | None]]:
+    """The micro-batches of one step at a time, or what went wrong: all ranks hear of it before one of them raises."""
+    try:
+        batches = iter(loader)
+        while window := list(itertools.islice(batches, micro_batches)):
+            yield window, None
+    except Exception as problem:
+        yield [], problem
 
 
 def _weigh(store: JoinedStore, samples: np.ndarray, weights: list[float], seed: int) -> list[np.ndarray]:

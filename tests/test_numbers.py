@@ -34,8 +34,10 @@ def mean_of_means(model, batch):
     return {"ce": terms["ce"] / max(len(batch["targets"]), 1) * sum(COUNTS) / len(COUNTS)}
 
 
-def weights_after(rank, answer, split, wrong):
+def weights_after(rank, answer, split, wrong, strategy):
     """Five float64 AdamW steps over the rows of COUNTS; `split` = (rows of each rank, rows per micro-batch)."""
+    from torch.distributed.tensor import DTensor
+
     from model.decoder import DecoderConfig
     from model.loading import build_model
     from model.losses import sft_objective
@@ -52,7 +54,7 @@ def weights_after(rank, answer, split, wrong):
     processes = start_processes(torch.device("cpu"), 30)
     model = build_model(config, seed=0).double().train()
     (filler,) = batches_of([-1], 1)
-    parallel = parallelize(model, processes, Strategy(), lambda m: sft_objective(m, filler)["ce"])
+    parallel = parallelize(model, processes, Strategy(**strategy), lambda m: sft_objective(m, filler)["ce"])
     optimizer = make_optimizer(model, Config(learning_rate=0.01, weight_decay=0.1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     learner = Learner(parallel, optimizer, scaler, objective, processes, torch.float32, 1.0, 0, objective)
@@ -61,13 +63,14 @@ def weights_after(rank, answer, split, wrong):
         train_step(learner, batches_of(rows[rank], batch_size), step, 0.01, sum(COUNTS), LoopState())[0]
         for step in range(1, 6)
     ]
+    whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
     if rank == 0:
-        answer((norms, {name: p.detach().numpy() for name, p in model.named_parameters()}))
+        answer((norms, {name: p.detach().numpy() for name, p in whole.items()}))
     close_processes(processes)
 
 
-def outcome(rows: list[list[int]], batch_size: int, wrong: bool = False):
-    ((norms, weights),) = answers_of(weights_after, len(rows), (rows, batch_size), wrong)
+def outcome(rows: list[list[int]], batch_size: int, wrong: bool = False, **strategy):
+    ((norms, weights),) = answers_of(weights_after, len(rows), (rows, batch_size), wrong, strategy)
     return norms, {name: torch.from_numpy(array) for name, array in weights.items()}
 
 
@@ -95,6 +98,15 @@ def reference():
 @pytest.mark.parametrize("name", SPLITS)
 def test_any_split_gives_the_same_update(reference, name):
     assert largest_difference(outcome(*SPLITS[name]), reference) <= 1e-12
+
+
+@pytest.mark.parametrize("name", [name for name in SPLITS if name[0] != "1"])
+def test_sharding_gives_the_same_update(reference, name):
+    assert largest_difference(outcome(*SPLITS[name], name="fsdp"), reference) <= 1e-12
+
+
+def test_hybrid_sharding_gives_the_same_update(reference):
+    assert largest_difference(outcome(*SPLITS["4 ranks, fillers"], name="fsdp", shard_size=2), reference) <= 1e-12
 
 
 def test_the_mean_of_means_would_be_seen(reference):

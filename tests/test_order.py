@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 
 from tests.small_world import log_of, result_of, resume_from, train, write_rows
-from trainer_utils import RowSampler, SkipBatchSampler, micro_batches_per_step
+from trainer_utils import RowSampler, SkipBatchSampler
+from training.plan import micro_batches_per_step
 from training.schedules import lr_factor
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import stat
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ logger = logging.getLogger("train")
 
 PAUSE, RESUME, SAVE, STOP = COMMANDS = ("pause", "resume", "save", "stop")
 MAX_BYTES = 4096
+PAUSE_SECONDS = 0.5  # between two looks of a paused run
 # Why a run stops early, in the order of precedence; those that mean to go on elsewhere are preempted.
 STOP_REASONS = ("Ctrl-C", "a stop command", "SIGTERM or SIGHUP", "--max_hours")
 PREEMPTED = STOP_REASONS[2:]
@@ -114,10 +116,37 @@ class Wishes:
         wishes = [interrupted, self._stop, bool(self.signals.stop) and not interrupted, late]
         return [int(wish) for wish in (*wishes, self._pause, self._save)]
 
-    def obey(self, sums: list[int]) -> tuple[str | None, bool, bool]:
-        """Why to stop, or None; whether to pause; whether to save, which is thereby granted."""
-        *stops, pause, save = sums
-        if save:
-            self._save = False
-        reason = next((name for name, count in zip(STOP_REASONS, stops, strict=True) if count), None)
-        return reason, bool(pause), bool(save)
+    def stop_if_wished(self, sums: list[int]) -> None:
+        """Raise Stopped where some rank wishes it."""
+        for reason, count in zip(STOP_REASONS, sums[: len(STOP_REASONS)], strict=True):
+            if count:
+                raise Stopped(reason)
+
+    def obey(
+        self,
+        sums: list[int],
+        sum_ints: Callable[[Sequence[int]], list[int]],
+        save: Callable[[], None],
+        say: Callable[[str], None],
+        beat: Callable[[], None],
+    ) -> None:
+        """Do what the ranks wish together: raise Stopped, save, or wait until a pause ends.
+
+        Paused ranks exchange their wishes again and again, so that no time limit of the process group ever passes, and
+        what happens meanwhile loses nothing, because a pause begins with a checkpoint.
+        """
+        paused = False
+        while True:
+            self.stop_if_wished(sums)
+            *_, pause, wants_save = sums
+            if wants_save or (pause and not paused):
+                self._save = False
+                save()
+            if bool(pause) != paused:
+                paused = bool(pause)
+                say("paused" if paused else "running")
+            if not paused:
+                return
+            time.sleep(PAUSE_SECONDS)
+            beat()
+            sums = sum_ints(self.look())

@@ -93,6 +93,11 @@ def make_plan(config: Config, rows_of: Callable[[int], int], window_rows: int, s
     )
 
 
+def micro_batches_per_step(window_rows: int, world_size: int, batch_size: int) -> int:
+    """Micro-batches that each rank needs for a step of `window_rows` global rows."""
+    return -(-window_rows // (world_size * batch_size))
+
+
 def _steps(rows: int, window_rows: int) -> int:
     return -(-rows // window_rows)
 
