@@ -1,7 +1,7 @@
-"""How this node meets the others: prints whether HOST is this node, its own address on the way there, and the interface.
+"""How this node meets the others: prints whether HOST is this node, its own address on the way there, its interface.
 
-torchrun looks for HOST among the names of a machine, not among the addresses of its interfaces, and gives the others the
-machine's full name, which they may not know; gloo takes the interface of that name, on many systems the loopback.
+torchrun looks for HOST among the names of a machine, not among the addresses of its interfaces, and gives the others
+the machine's full name, which they may not know. gloo takes the interface of that name, on many systems the loopback.
 usage: python node_network.py HOST
 """
 
@@ -49,7 +49,8 @@ def main(host: str) -> str:
         family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         own = own_address(family, address)
     except OSError as problem:
-        sys.exit(f"error: no way to the host {host}: {problem.strerror}")
+        print(f"error: no way to the host {host}: {problem.strerror}", file=sys.stderr)
+        sys.exit(2)
     if own.startswith("127."):  # many systems give their own name a loopback address: the others know that name better
         return f"{int(is_here(family, address))} {socket.getfqdn()} -"
     return f"{int(is_here(family, address))} {own} {interface_of(own)}"
