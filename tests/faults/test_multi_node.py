@@ -1,5 +1,6 @@
 """Two hosts made of network namespaces: one dies, leaves or joins, and every sample is trained once per epoch."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -91,7 +92,8 @@ class Host:
     def kill(self) -> None:
         """Everything in it at once, torchrun too."""
         for pid in ip("netns", "pids", self.name).split():
-            os.kill(int(pid), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(int(pid), signal.SIGKILL)
         for process in self.started:
             process.wait()
 
