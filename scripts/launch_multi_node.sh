@@ -2,7 +2,7 @@
 # Train on several nodes; the same command on each of them:
 #   bash scripts/launch_multi_node.sh HOST[:PORT] NODES PROCESSES_PER_NODE [flags of train_full_sft.py]
 # HOST is one of the nodes, the one where they meet. docs/cluster.md says what the nodes must share and what happens when
-# one dies or joins. Every flag of torchrun can be set as PET_NAME: PET_MAX_RESTARTS=10 bash scripts/launch_multi_node.sh …
+# one dies or joins. Other flags of torchrun are set as PET_NAME: PET_MAX_RESTARTS=10 bash scripts/launch_multi_node.sh …
 set -euo pipefail
 usage() {
     echo "error: $1" >&2
@@ -26,8 +26,8 @@ share_cores "$processes"
 network=$(python "$root/scripts/node_network.py" "${endpoint%:*}")
 read -r is_host address interface <<< "$network"
 if [ "$interface" != - ]; then export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}; fi
-# Each round of nodes gets a store of its own. The shared one keeps the keys of the round before, and a node that is no longer
-# the first one goes on using its own: after a node joined, processes would wait for each other in different stores.
+# The processes get a new store each time the nodes change. With the launchers' store a node that is no longer the first one
+# stays with its own (torch 2.13): after a node joined, processes wait for each other in different stores.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # --from_resume 1: when a node joins or leaves, torchrun starts all processes anew, without telling them that it did.
 set -- --from_resume 1 "$@"
