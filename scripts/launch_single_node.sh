@@ -12,6 +12,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 . scripts/environment.sh requirements.txt
 cd "$OLDPWD"
-cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+share_cores "$processes"
+# SIGUSR1 asks the trainer for a checkpoint. torchrun, who knows only signals that end a run, is made deaf to it, and so
+# are its processes until they train.
+trap '' USR1
 exec torchrun --standalone --nproc_per_node "$processes" "$root/train_full_sft.py" "$@"
