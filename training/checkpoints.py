@@ -231,18 +231,27 @@ class CheckpointStore:
     def abandon(self, step: int) -> None:
         shutil.rmtree(self.temporary(step), ignore_errors=True)
 
-    def retired(self) -> list[int]:
-        """Steps that are neither among the last ones nor among the best; what has no manifest is not ours to delete."""
+    def manifests(self) -> dict[int, dict[str, Any]]:
+        """The manifest of each step that has a readable one, oldest first; what has none is not ours to delete."""
         manifests = {}
         for step in self.steps():
             try:
                 manifests[step] = read_manifest(self.path(step))
             except CheckpointError:
                 continue
+        return manifests
+
+    def best(self, manifests: Mapping[int, dict[str, Any]]) -> list[int]:
+        """The steps that are kept for their metric, best first."""
         sign = 1 if self.mode == "min" else -1
         measured = [step for step, manifest in manifests.items() if self.metric in manifest["metrics"]]
         best = sorted(measured, key=lambda step: (sign * manifests[step]["metrics"][self.metric], step))
-        kept = {*list(manifests)[-self.keep_last :], *best[: self.keep_best]}
+        return best[: self.keep_best]
+
+    def retired(self) -> list[int]:
+        """Steps that are neither among the last ones nor among the best."""
+        manifests = self.manifests()
+        kept = {*list(manifests)[-self.keep_last :], *self.best(manifests)}
         return [step for step in manifests if step not in kept]
 
     def delete(self, step: int) -> None:
