@@ -1,7 +1,9 @@
-.PHONY: demo check test fmt bench
+.PHONY: demo check test fmt bench verify mutants
 
 demo: ; bash scripts/quickstart.sh
 test: ; bash scripts/test.sh
 check: ; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 fmt: ; .venv/bin/ruff check --fix . && .venv/bin/ruff format .
 bench: ; .venv/bin/python -m scripts.bench
+verify: ; .venv/bin/python -m scripts.verify
+mutants: ; .venv/bin/python -m tests.faults.mutants

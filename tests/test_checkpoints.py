@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,37 @@ def test_damage_is_found_and_the_one_before_is_taken(store, damage):
     warnings = []
     assert store.newest_verified(warnings.append) == 3
     assert "step-0000000" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("a flipped bit", "model-00001-of-00001.safetensors: content differs from what was written"),
+        ("a truncated file", r"model-00001-of-00001.safetensors: 3 bytes, \d{3} were written"),
+        ("a deleted file", "trainer_state.json: missing"),
+        ("no manifest", "manifest.json: unreadable"),
+    ],
+)
+def test_the_file_and_what_is_wrong_with_it_are_named(store, damage, message):
+    path = publish(store, 6)
+    DAMAGE[damage](path)
+    with pytest.raises(CheckpointError, match=f"{path}/{message}"):
+        verify(path)
+
+
+def test_everything_is_on_the_disk_before_the_name_and_the_name_before_the_end(store, monkeypatch):
+    publish(store, 3)
+    events, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd))
+    )
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"{a.name} -> {b.name}"), rename(a, b)))
+    publish(store, 6)
+    events, draft = [Path(event).name for event in events], ".tmp-step-00000006"
+    written = {"model-00001-of-00001.safetensors", "trainer_state.json", ".part-0.draft"}
+    published = events.index(f"{draft} -> step-00000006")
+    assert set(events[: published - 2]) == written
+    assert events[published - 2 : published + 2] == ["manifest.json", draft, events[published], "checkpoints"]
 
 
 def test_if_all_are_damaged_nothing_starts_afresh_in_silence(store):

@@ -34,36 +34,45 @@ def mean_of_means(model, batch):
     return {"ce": terms["ce"] / max(len(batch["targets"]), 1) * sum(COUNTS) / len(COUNTS)}
 
 
-def weights_after(rank, answer, split, wrong, strategy):
-    """Five float64 AdamW steps over the rows of COUNTS; `split` = (rows of each rank, rows per micro-batch)."""
-    from torch.distributed.tensor import DTensor
-
+def learner_of(processes, objective=None, **strategy):
+    """A float64 model with its optimizer, spread over the processes."""
     from model.decoder import DecoderConfig
     from model.loading import build_model
     from model.losses import sft_objective
-    from train_full_sft import Learner, train_step
-    from trainer_utils import Strategy, close_processes, parallelize, start_processes
+    from train_full_sft import Learner
+    from trainer_utils import Strategy, parallelize
     from training.config import Config
     from training.optimizers import make_optimizer
-    from training.state import LoopState
 
-    objective = mean_of_means if wrong else sft_objective
+    objective = objective or sft_objective
     config = DecoderConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
-    processes = start_processes(torch.device("cpu"), 30)
     model = build_model(config, seed=0).double().train()
     (filler,) = batches_of([-1], 1)
     parallel = parallelize(model, processes, Strategy(**strategy), lambda m: sft_objective(m, filler)["ce"])
     optimizer = make_optimizer(model, Config(learning_rate=0.01, weight_decay=0.1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    learner = Learner(parallel, optimizer, scaler, objective, processes, torch.float32, 1.0, 0, objective)
+    return Learner(parallel, optimizer, scaler, objective, processes, torch.float32, 1.0, 0, objective)
+
+
+def weights_after(rank, answer, split, wrong, strategy):
+    """Five float64 AdamW steps over the rows of COUNTS; `split` = (rows of each rank, rows per micro-batch)."""
+    from torch.distributed.tensor import DTensor
+
+    from train_full_sft import train_step
+    from trainer_utils import close_processes, start_processes, unwrap
+    from training.state import LoopState
+
+    processes = start_processes(torch.device("cpu"), 30)
+    learner = learner_of(processes, mean_of_means if wrong else None, **strategy)
     rows, batch_size = split
     norms = [
         train_step(learner, batches_of(rows[rank], batch_size), step, 0.01, sum(COUNTS), LoopState())[0]
         for step in range(1, 6)
     ]
-    whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    named = unwrap(learner.model).named_parameters()
+    whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in named}
     if rank == 0:
         answer((norms, {name: p.detach().numpy() for name, p in whole.items()}))
     close_processes(processes)
@@ -139,3 +148,50 @@ def test_gradients_are_exchanged_once_per_step():
     results = sorted(answers_of(count_exchanges, 2))
     # three micro-batches of ones on rank 0 and of twos on rank 1, averaged
     assert results == [(0, [0], [[4.5, 4.5]]), (1, [0], [[4.5, 4.5]])]
+
+
+def count_exchanges_of_a_step(rank, answer):
+    """How often DDP reduces gradients in a step of three micro-batches as the loop does it."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    from train_full_sft import train_step
+    from trainer_utils import close_processes, start_processes
+    from training.state import LoopState
+
+    processes, calls = start_processes(torch.device("cpu"), 30), []
+    learner = learner_of(processes)
+
+    def counted(state, bucket):
+        calls.append(bucket.index())
+        return allreduce_hook(state, bucket)
+
+    learner.model.register_comm_hook(None, counted)
+    train_step(learner, batches_of([0, 2, 4], 1), 1, 0.01, 20, LoopState())
+    answer(calls)
+    close_processes(processes)
+
+
+def test_a_step_exchanges_gradients_once():
+    assert answers_of(count_exchanges_of_a_step, 2) == [[0], [0]]
+
+
+def test_dropout_draws_anew_for_every_rank_step_and_micro_batch():
+    from model.losses import sft_objective
+    from train_full_sft import train_step
+    from trainer_utils import Processes
+    from training.state import LoopState
+
+    draws = []
+
+    def drawing(model, batch):
+        draws.append(torch.rand(4).tolist())
+        return sft_objective(model, batch)
+
+    for _ in range(2):
+        for rank in range(3):
+            learner = learner_of(Processes(rank, rank, 1, torch.device("cpu")), drawing)
+            for step in range(1, 4):
+                train_step(learner, batches_of([0, 2], 1), step, 0.01, 8, LoopState())
+    again = draws[len(draws) // 2 :]
+    assert draws[: len(again)] == again, "no generator state is needed to go on"
+    assert len({tuple(draw) for draw in again}) == len(again) == 3 * 3 * 2

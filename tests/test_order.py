@@ -20,8 +20,7 @@ def ranks_of(num_rows, world_size, window_rows, batch_size, epoch=0, rows_done=0
         sampler = RowSampler(
             num_rows, rank=rank, world_size=world_size, window_rows=window_rows, slots=slots, seed=seed
         )
-        sampler.set_epoch(epoch)
-        whole_windows, sampler.offset = divmod(rows_done, window_rows)
+        whole_windows = sampler.begin(epoch, num_rows, rows_done)
         ranks.append(list(SkipBatchSampler(sampler, batch_size, whole_windows * micro_batches)))
     return ranks
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from tests.small_world import TINY, KillAtCall, log_of, result_of, sha256, train, write_rows
 
@@ -49,6 +50,24 @@ def test_a_run_writes_exactly_these_files(finished):
         "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+
+
+def test_a_checkpoint_holds_every_weight_once(finished):
+    """A tied head would otherwise take its place twice, and two copies could differ."""
+    newest = max((finished / "checkpoints").iterdir())
+    saved = load_file(newest / "model-00001-of-00001.safetensors")
+    assert saved.keys() == load_file(finished / "final" / "model.safetensors").keys()
+    assert "lm_head.weight" not in saved
+
+
+def test_half_precision_has_the_gradient_norm_of_float32(tmp_path, rows):
+    """What is logged and clipped is the gradient without its loss scale."""
+    norms = {}
+    for dtype in ("float32", "float16"):
+        flags = {"data_path": str(rows), "dtype": dtype, "max_steps": 3, "dropout": 0.0, "grad_clip": 0.5}
+        assert train(1, tmp_path / dtype, **flags) == [0]
+        norms[dtype] = [r["train/grad_norm"] for r in records_of(tmp_path / dtype, "train")]
+    assert norms["float16"] == pytest.approx(norms["float32"], rel=0.02)
 
 
 def test_the_records_say_what_happened(finished):
