@@ -57,6 +57,7 @@ from trainer_utils import (
     find_checkpoint,
     gradient_sync,
     in_order_batches,
+    is_lost_peer,
     load_checkpoint,
     local_part,
     parallelize,
@@ -222,7 +223,7 @@ def train_epoch(
             finish_step(learner, state, plan, records, hooks, meter)
             if plan.saves(state):
                 hooks.save()
-        records.step_done(state, plan)
+        records.step_done()
 
 
 def finish_step(
@@ -497,8 +498,11 @@ def main(config: Config) -> int:
     except KeyboardInterrupt:
         logger.error("stopped by Ctrl-C before the first step")
         return EXIT_INTERRUPTED
-    except Exception:
-        logger.exception("stopped by an error")
+    except Exception as error:
+        if is_lost_peer(error):
+            logger.error("stopped: another process of the job is gone, see its message")
+        else:
+            logger.exception("stopped by an error")
         return EXIT_BUG
     return EXIT_PREEMPTED if summary["status"] == "preempted" else 0
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -162,8 +163,15 @@ def make_loader(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_parent,
         **workers,
     )
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """A stop signal often goes to the whole process group; the batches of the last step are still needed then."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def fetch_windows(loader: DataLoader, micro_batches: int) -> Iterator[tuple[list[dict[str, Any]], Exception | None]]:
