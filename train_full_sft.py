@@ -117,7 +117,7 @@ class Learner:
     grad_clip: float
     seed: int
     measure: Objective  # what validation sums; the plain cross entropy, whatever is trained on
-    beat: Callable[[], None] = lambda: None  # tells the watchdog that this process gets on
+    beat: Callable[..., None] = lambda step_done=False: None  # tells the watchdog that this process gets on
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -224,6 +224,7 @@ def train_epoch(
             if plan.saves(state):
                 hooks.save()
         records.step_done()
+        learner.beat(step_done=True)
 
 
 def finish_step(

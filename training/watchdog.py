@@ -15,11 +15,11 @@ logger = logging.getLogger("train")
 EXIT_HANG = 76
 # Before the first step: kernels are built, data is read for the first time, other hosts are still starting.
 FIRST_FACTOR = 2.5
-SECONDS_FOR_THE_OTHERS = 2.0  # torchrun ends all ranks when the first one goes, and each has stacks to write
+SECONDS_FOR_THE_OTHERS = 1.0  # torchrun ends all ranks when the first one goes, and each has stacks to write
 
 
 class Watchdog:
-    """A thread that wants to hear `beat` every `limit_seconds`, before the first `started` 2.5 times as long."""
+    """A thread that wants to hear `beat` every `limit_seconds`, before the first step is done 2.5 times as long."""
 
     def __init__(self, limit_seconds: float, on_hang: Callable[[str], None]):
         """`on_hang(message)` is called in the watchdog's thread before the process ends with EXIT_HANG."""
@@ -36,14 +36,11 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._closed.set()
 
-    def beat(self) -> None:
-        """Say that this process got on."""
+    def beat(self, step_done: bool = False) -> None:
+        """Say that this process got on; from the end of its first step on the shorter limit holds."""
         self._last_beat = time.monotonic()
-
-    def started(self) -> None:
-        """Say that the first step is done, from where on the shorter limit holds."""
-        self._limit = self.limit_seconds
-        self.beat()
+        if step_done:
+            self._limit = self.limit_seconds
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.limit_seconds / 10)):
