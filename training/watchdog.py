@@ -22,7 +22,7 @@ class Watchdog:
     """A thread that wants to hear `beat` every `limit_seconds`, before the first step is done 2.5 times as long."""
 
     def __init__(self, limit_seconds: float, on_hang: Callable[[str], None]):
-        """`on_hang(message)` is called in the watchdog's thread before the process ends with EXIT_HANG."""
+        """`on_hang(message)` is called just before the process ends with EXIT_HANG."""
         self.limit_seconds, self.on_hang = limit_seconds, on_hang
         self._limit = limit_seconds * FIRST_FACTOR
         self._last_beat = time.monotonic()
@@ -52,7 +52,8 @@ class Watchdog:
                 )
                 logger.error(message)
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                self.on_hang(message)
-                sys.stderr.flush()
+                # In a thread of its own: the disk may be what hangs.
+                threading.Thread(target=self.on_hang, args=[message], daemon=True).start()
                 time.sleep(SECONDS_FOR_THE_OTHERS)
+                sys.stderr.flush()
                 os._exit(EXIT_HANG)
