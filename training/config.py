@@ -25,29 +25,12 @@ ALLOWED_CHANGES = ("data", "template", "model", "seed", "schedule", "optimizer",
 SHAPE_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 DATA_FLAGS = (
-    "prompt_field",
-    "response_field",
-    "system_field",
-    "max_seq_len",
-    "overlong",
-    "bad_rows",
-    "data_format",
-    "train_on",
-)
+    "prompt_field", "response_field", "system_field", "max_seq_len", "overlong", "bad_rows", "data_format", "train_on",
+)  # fmt: skip
 REQUEST_FLAGS = (
-    "data_path",
-    "val_data_path",
-    "val_fraction",
-    "seed",
-    "packing",
-    "repack",
-    "files_per_epoch",
-    "file_fraction",
-    "system_prompts",
-    "system_prompt_ratio",
-    "cache_dir",
-    "tokenize_workers",
-)
+    "data_path", "val_data_path", "val_fraction", "seed", "packing", "repack", "files_per_epoch", "file_fraction",
+    "system_prompts", "system_prompt_ratio", "cache_dir", "tokenize_workers",
+)  # fmt: skip
 ALTERNATIVES = (
     ("warmup_steps", "warmup_ratio"),
     ("val_data_path", "val_fraction"),
@@ -66,16 +49,9 @@ class ConfigError(ValueError):
 
 
 def flag(
-    default: Any,
-    help: str,
-    *,
-    group: str,
-    choices: tuple[str, ...] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    interval: bool = False,
-) -> Any:
+    default: Any, help: str, *, group: str, choices: tuple[str, ...] = (), minimum: float | None = None,
+    maximum: float | None = None, above: float | None = None, interval: bool = False,
+) -> Any:  # fmt: skip
     """A dataclass field that is also a command line flag; `above` is an exclusive lower bound."""
     bounds = {"minimum": minimum, "maximum": maximum, "above": above}
     return field(
