@@ -31,7 +31,7 @@ from dataset.chat import show
 from dataset.ledger import report_lines
 from dataset.load import DataRequest, load_rows, make_loader, write_rejects
 from dataset.prepare import DataOptions
-from dataset.reader import DataError
+from dataset.reader import DataError, UnsafeDataError
 from dataset.rows import FILLER, PackedRows, collate
 from model.card import model_card
 from model.choose import (
@@ -45,6 +45,7 @@ from model.choose import (
 )
 from model.export import export_model
 from model.losses import make_sft_objective
+from model.trust import UnsafeModelError
 from trainer_utils import (
     Checkpointer,
     Processes,
@@ -71,6 +72,7 @@ from trainer_utils import (
 from training.checkpoints import (
     CheckpointError,
     CheckpointStore,
+    UnsafeCheckpointError,
     check_run_directory,
     clear_run,
     lock_run,
@@ -92,7 +94,8 @@ logger = logging.getLogger("train")
 Batch = dict[str, Any]
 Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
-EXIT_CODES = {DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
+REFUSED = dict.fromkeys((UnsafeDataError, UnsafeModelError, UnsafeCheckpointError), 77)  # first: each is one of these
+EXIT_CODES = {**REFUSED, DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
 EXIT_BUG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 70, 75, 130
 
 
@@ -157,15 +160,9 @@ def train_step(learner: Learner, window: list[Batch], step: int, lr: float, supe
 
 
 def train_epoch(
-    learner: Learner,
-    loader: DataLoader,
-    micro_batches: int,
-    state: LoopState,
-    plan: Plan,
-    records: RunRecords,
-    signals: SignalFlags,
-    hooks: Hooks,
-) -> str | None:
+    learner: Learner, loader: DataLoader, micro_batches: int, state: LoopState, plan: Plan, records: RunRecords,
+    signals: SignalFlags, hooks: Hooks,
+) -> str | None:  # fmt: skip
     """Train what is left of an epoch; returns why the run ends early, or None. Checkpoints exist only between steps."""
     processes, meter = learner.processes, Meter()
     windows = fetch_windows(loader, micro_batches)

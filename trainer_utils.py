@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -401,15 +402,27 @@ def find_checkpoint(wanted: str, store: Store, verify: Callable[[Path], Any], pr
     return Path(wanted)
 
 
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:  # written so: what was damaged later, the manifest has told
+        raise OSError(f"{file} is damaged: {error}") from None
+
+
 def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put verified weights and optimizer state in place. Raises ValueError where names or shapes do not fit."""
-    weights = load_file(directory / MODEL_FILE)
-    expected = {name: tensor.shape for name, tensor in weights_of(model).items()}
-    if expected != (found := {name: tensor.shape for name, tensor in weights.items()}):
+    """Put verified weights and optimizer state in place.
+
+    Raises ValueError where names, shapes or dtypes do not fit, OSError for files that are no safetensors.
+    """
+    weights = _read_tensors(directory / MODEL_FILE)
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in weights_of(model).items()}
+    if expected != (found := {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}):
         differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         raise ValueError(f"{directory / MODEL_FILE}: does not fit this model, first difference: {differing[0]}")
     model.load_state_dict(weights, strict=False)
     parameters = dict(model.named_parameters())
-    for full_name, value in load_file(directory / OPTIMIZER_FILE).items():
-        name, key = full_name.rsplit(":", 1)
+    for full_name, value in _read_tensors(directory / OPTIMIZER_FILE).items():
+        name, _, key = full_name.rpartition(":")
+        if name not in parameters:
+            raise ValueError(f"{directory / OPTIMIZER_FILE}: {full_name} does not fit this model")
         optimizer.state[parameters[name]][key] = value.to(parameters[name].device)

@@ -1,7 +1,6 @@
 """From a configuration or a directory of weights to a model that answers `model(batch, terms)`."""
 
 import inspect
-import json
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import document_attention
 from model.decoder import Decoder, DecoderConfig
 from model.losses import Terms, supervised_terms
+from model.trust import read_object, refuse_unsafe_weights
 
 ATTENTION_NAME = "documents"
+FLOATS = ("F64", "F32", "F16", "BF16")
 NOT_PACKABLE = "this family cannot be packed yet"
 PROBE_TOKENS = 7  # of each of the two documents that a loaded model is tried on
 
@@ -32,25 +33,20 @@ def load_model(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalL
     """Float32 weights of a directory or a Hub id, in the built-in decoder where it fits and through transformers else.
 
     `dropout` is the decoder's; other models keep what their own config.json says. Raises ValueError for weights that do
-    not fit their config.json and for families whose packed documents would influence each other.
+    not fit their config.json and for families whose packed documents would influence each other; UnsafeModelError for
+    what is a program.
     """
-    if (Path(source) / "config.json").is_file() and is_builtin(read_config(source)):
-        return load_pretrained(source, dropout)
     if not Path(source).is_dir() and (str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))):
         raise ValueError(f"no model in {source}: there is no such directory")
+    refuse_unsafe_weights(source)
+    if (Path(source) / "config.json").is_file() and is_builtin(read_config(source)):
+        return load_pretrained(source, dropout)
     return HFCausalLM.from_pretrained(source)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
     """The config.json of a directory; ValueError where it is no JSON object."""
-    file = Path(directory) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: no JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: a JSON object is needed, not a {type(config).__name__}")
-    return config
+    return read_object(Path(directory) / "config.json")
 
 
 def is_builtin(config: dict[str, Any]) -> bool:
@@ -109,11 +105,13 @@ def load_pretrained(directory: str | Path, dropout: float = 0.0) -> Decoder:
                 if name == "lm_head.weight" and config.tie_word_embeddings:
                     continue  # some writers save the tied head a second time
                 parameter = missing.pop(name, None)
-                shape = tuple(stored.get_slice(name).get_shape())
+                shape, dtype = tuple(stored.get_slice(name).get_shape()), stored.get_slice(name).get_dtype()
                 if parameter is None:
                     wrong.append(f"{name} is not part of it")
                 elif shape != tuple(parameter.shape):
                     wrong.append(f"{name} is {shape} and should be {tuple(parameter.shape)}")
+                elif dtype not in FLOATS:
+                    wrong.append(f"{name} holds {dtype}, not one of {', '.join(FLOATS)}")
                 else:
                     parameter.data.copy_(stored.get_tensor(name))
     wrong += [f"{name} is missing" for name in missing]

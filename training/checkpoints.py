@@ -35,6 +35,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used, or none where one is needed; the message names the file."""
 
 
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint whose manifest reaches outside its directory."""
+
+
 def fsync_path(path: Path) -> None:
     """Force a file or a directory entry to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -80,7 +84,7 @@ def verify(directory: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         version, step = manifest["format_version"], manifest["step"]
         files = [(entry["name"], entry["size"], entry["sha256"]) for entry in manifest["files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{directory / MANIFEST}: unreadable ({error})") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{directory / MANIFEST}: format {version}, this program reads {FORMAT_VERSION}")
@@ -93,7 +97,7 @@ def verify(directory: Path) -> dict[str, Any]:
         path = directory / str(name)
         # A name with a separator could reach outside the directory.
         if not _FILE_NAME.fullmatch(str(name)):
-            raise CheckpointError(f"{directory / MANIFEST}: lists the forbidden name {name!r}")
+            raise UnsafeCheckpointError(f"{directory / MANIFEST}: lists the forbidden name {name!r}")
         if not path.is_file() or path.is_symlink():
             raise CheckpointError(f"{path}: missing")
         if path.stat().st_size != size:
@@ -172,10 +176,11 @@ class CheckpointStore:
                 verify(self.path(step))
                 return step
             except CheckpointError as error:
-                problems.append(str(error))
+                problems.append(error)
                 warn(f"checkpoint of step {step} is damaged, trying an older one: {error}")
         if problems:
-            raise CheckpointError("every checkpoint is damaged, nothing to resume from:\n" + "\n".join(problems))
+            said = "\n".join(["every checkpoint is damaged, nothing to resume from:", *map(str, problems)])
+            raise type(problems[0])(said)
         return None
 
 
@@ -234,7 +239,13 @@ def lock_run(save_dir: Path) -> IO[str]:
 
 
 def read_trainer_state(directory: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))
+    """What a verified checkpoint says of the loop; CheckpointError where that is no JSON object, whoever hashed it."""
+    try:
+        state: Any = json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{directory / TRAINER_STATE}: no JSON ({error})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{directory / TRAINER_STATE}: a JSON object is needed, not a {type(state).__name__}")
     return state
 
 

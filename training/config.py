@@ -309,7 +309,12 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     class StrictLoader(yaml.SafeLoader):
-        """Refuses a key given twice, which plain YAML loading resolves in silence."""
+        """Refuses a key given twice, which plain YAML loading resolves in silence, and aliases, which can multiply."""
+
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases (*name) are not read here")
+            return super().compose_node(parent, index)
 
     def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
         keys = [loader.construct_object(key) for key, _ in node.value]
@@ -326,7 +331,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         values = loader.get_single_data()
     except OSError as error:
         raise ConfigError([f"--config {path}: {error.strerror}"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError([f"--config {path}: not valid YAML: {error}"]) from None
     if values is None:
         return {}

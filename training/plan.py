@@ -74,16 +74,9 @@ def make_plan(config: Config, rows_of: Callable[[int], int], window_rows: int, s
         return config.learning_rate * factor
 
     return Plan(
-        rows_of=rows_of,
-        window_rows=window_rows,
-        total_steps=total_steps,
-        epochs=epochs,
-        extra_steps=extra_steps,
-        log_interval=config.log_interval,
-        eval_interval=config.eval_interval,
-        save_interval=config.save_interval,
-        lr=lr,
-    )
+        rows_of=rows_of, window_rows=window_rows, total_steps=total_steps, epochs=epochs, extra_steps=extra_steps,
+        log_interval=config.log_interval, eval_interval=config.eval_interval, save_interval=config.save_interval, lr=lr,
+    )  # fmt: skip
 
 
 def _steps(rows: int, window_rows: int) -> int:
