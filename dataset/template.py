@@ -9,13 +9,13 @@ what it would have written without that message and those after it, so one rende
 """
 
 import contextlib
+import os
 import re
 import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import Environment, nodes
@@ -230,7 +230,7 @@ def limits() -> Iterator[None]:
             raise _TimeIsUp
 
     before, allowed = signal.signal(signal.SIGPROF, stop), resource.getrlimit(resource.RLIMIT_AS)
-    _allow_memory(MEMORY)
+    _allow_memory(MEMORY, *allowed)
     signal.setitimer(signal.ITIMER_PROF, SECONDS, 0.1)  # again and again: what a destructor raises is lost
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS + 2)
     try:
@@ -247,10 +247,12 @@ def limits() -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def _allow_memory(more: int) -> None:
+def _allow_memory(more: int, soft: int, hard: int) -> None:
     """Limit this process to `more` bytes than it has; only Linux tells how many those are."""
-    with contextlib.suppress(OSError):
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        wanted = pages * resource.getpagesize() + more
-        resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(soft, wanted), hard))
+    try:
+        descriptor = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
+        return
+    wanted = int(os.read(descriptor, 64).split()[0]) * resource.getpagesize() + more
+    os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(soft, wanted), hard))
