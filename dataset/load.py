@@ -59,12 +59,9 @@ class RunData:
 
 
 def load_rows(
-    request: DataRequest,
-    tokenizer: PreTrainedTokenizerFast,
-    owner: bool,
-    echo: Callable[[str], None],
+    request: DataRequest, tokenizer: PreTrainedTokenizerFast, owner: bool, echo: Callable[[str], None],
     rejects_file: Path | None = None,
-) -> RunData:
+) -> RunData:  # fmt: skip
     """Tokenise once (the owner; other processes wait for its files), hold out, and pack.
 
     Raises DataError with the defects of all files, after they are written to `rejects_file`, one JSON object per line.
@@ -147,14 +144,9 @@ def write_rejects(path: Path, rejects: list[dict[str, Any]]) -> Path:
 
 
 def make_loader(
-    rows: PackedRows,
-    batches: Sampler[list[int]],
-    *,
-    num_workers: int,
-    prefetch_factor: int,
-    persistent_workers: bool,
+    rows: PackedRows, batches: Sampler[list[int]], *, num_workers: int, prefetch_factor: int, persistent_workers: bool,
     pin_memory: bool,
-) -> DataLoader:
+) -> DataLoader:  # fmt: skip
     """Batches of rows; workers and pinned memory change their speed, never their content or order."""
     workers = {"prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers} if num_workers else {}
     return DataLoader(
