@@ -30,7 +30,7 @@ from dataset.chat import show
 from dataset.ledger import report_lines
 from dataset.load import DataRequest, fetch_windows, load_rows, make_loader, write_rejects
 from dataset.prepare import DataOptions
-from dataset.reader import DataError
+from dataset.reader import DataError, UnsafeDataError
 from dataset.rows import FILLER, PackedRows, collate
 from model.card import model_card
 from model.choose import (
@@ -45,6 +45,7 @@ from model.choose import (
 )
 from model.export import export_model
 from model.losses import make_sft_objective
+from model.trust import UnsafeModelError
 from trainer_utils import (
     Checkpointer,
     Processes,
@@ -57,6 +58,7 @@ from trainer_utils import (
     find_checkpoint,
     gradient_sync,
     in_order_batches,
+    is_lost_peer,
     load_checkpoint,
     local_part,
     parallelize,
@@ -67,6 +69,7 @@ from trainer_utils import (
 from training.checkpoints import (
     CheckpointError,
     CheckpointStore,
+    UnsafeCheckpointError,
     check_run_directory,
     clear_run,
     lock_run,
@@ -99,7 +102,8 @@ logger = logging.getLogger("train")
 Batch = dict[str, Any]
 Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
-EXIT_CODES = {DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
+REFUSED = dict.fromkeys((UnsafeDataError, UnsafeModelError, UnsafeCheckpointError), 77)  # first: each is one of these
+EXIT_CODES = {**REFUSED, DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
 EXIT_BUG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 70, 75, 130
 
 
@@ -116,7 +120,7 @@ class Learner:
     grad_clip: float
     seed: int
     measure: Objective  # what validation sums; the plain cross entropy, whatever is trained on
-    beat: Callable[[], None] = lambda: None  # tells the watchdog that this process gets on
+    beat: Callable[..., None] = lambda step_done=False: None  # tells the watchdog that this process gets on
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -171,15 +175,9 @@ def train_step(
 
 
 def train_epoch(
-    learner: Learner,
-    loader: DataLoader,
-    micro_batches: int,
-    state: LoopState,
-    plan: Plan,
-    records: RunRecords,
-    wishes: Wishes,
-    hooks: Hooks,
-) -> None:
+    learner: Learner, loader: DataLoader, micro_batches: int, state: LoopState, plan: Plan, records: RunRecords,
+    wishes: Wishes, hooks: Hooks,
+) -> None:  # fmt: skip
     """Train what is left of an epoch; raises Stopped between two steps. Checkpoints exist only there."""
     processes, meter = learner.processes, Meter()
     windows = fetch_windows(loader, micro_batches)
@@ -222,7 +220,8 @@ def train_epoch(
             finish_step(learner, state, plan, records, hooks, meter)
             if plan.saves(state):
                 hooks.save()
-        records.step_done(state, plan)
+        records.step_done()
+        learner.beat(step_done=True)
 
 
 def finish_step(
@@ -497,8 +496,11 @@ def main(config: Config) -> int:
     except KeyboardInterrupt:
         logger.error("stopped by Ctrl-C before the first step")
         return EXIT_INTERRUPTED
-    except Exception:
-        logger.exception("stopped by an error")
+    except Exception as error:
+        if is_lost_peer(error):
+            logger.error("stopped: another process of the job is gone, see its message")
+        else:
+            logger.exception("stopped by an error")
         return EXIT_BUG
     return EXIT_PREEMPTED if summary["status"] == "preempted" else 0
 

@@ -307,6 +307,7 @@ class Reader(Protocol):
     """Tensors in files, of which any block can be read; training/shards.py has it."""
 
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype | None]
 
     def read(self, name: str, target: Tensor, offsets: tuple[int, ...]) -> None: ...
 
@@ -472,22 +473,22 @@ def find_checkpoint(wanted: str, store: Store, verify: Callable[[Path], Any], pr
 def load_checkpoint(weights: Reader, moments: Reader, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put verified weights and optimizer state in place, whatever ranks and strategy they were saved by.
 
-    Raises ValueError where names or shapes do not fit.
+    Raises ValueError where names, shapes or dtypes do not fit.
     """
     own = named_weights(model)
-    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    if expected != weights.shapes:
-        names = sorted({*expected, *weights.shapes})
-        different = next(name for name in names if expected.get(name) != weights.shapes.get(name))
+    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()}
+    found = {name: (shape, weights.dtypes[name]) for name, shape in weights.shapes.items()}
+    parameters = dict(model.named_parameters())
+    strangers = {name for name in moments.shapes if name.rpartition(":")[0] not in parameters}
+    if wrong := sorted({name for name in {*expected, *found} if expected.get(name) != found.get(name)} | strangers):
         raise ValueError(
-            f"the checkpoint does not fit this model, first difference: {different} is "
-            f"{weights.shapes.get(different)} in it and {expected.get(different)} here"
+            f"the checkpoint does not fit this model, first difference: {wrong[0]} is {found.get(wrong[0])} in it and "
+            f"{expected.get(wrong[0])} here"
         )
     for name, tensor in own.items():
         weights.read(name, *local_part(tensor))
-    parameters = dict(model.named_parameters())
     for full_name, shape in moments.shapes.items():
-        name, key = full_name.rsplit(":", 1)
+        name, _, key = full_name.rpartition(":")
         parameter = parameters[name]
         # Beside what is shaped like its parameter, and sharded like it, an optimizer counts steps.
         alike = shape == tuple(parameter.shape)

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dataset.files import RowError
-from dataset.reader import Conversation, Message
-from dataset.template import ChatTemplate, Rendering, Tools, time_limit
+from dataset.reader import Conversation, Message, UnsafeDataError
+from dataset.template import ChatTemplate, Rendering, Tools, limits
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TRAIN_ON = ("assistant", "last", "marked", "all")
@@ -60,7 +60,7 @@ class ChatRenderer:
     def render(self, messages: list[Message], tools: Tools = None) -> Sample:
         """Renders one conversation as one sample; raises RowError when there is no right mask for it."""
         conversation = Conversation(0, messages, tools)
-        with time_limit():
+        with limits():
             chat = self._render_turns(conversation, self._trained_turns(conversation))
         (sample,) = self._encode([chat])
         if isinstance(sample, RowError):
@@ -72,10 +72,12 @@ class ChatRenderer:
         chats: list[list[RenderedChat] | RowError] = []
         for conversation in conversations:
             try:
-                with time_limit():
+                with limits():
                     chats.append(self._render_text(conversation))
             except RowError as error:
                 chats.append(error)
+            except UnsafeDataError as error:  # ends all: the next row would take as long
+                raise UnsafeDataError(f"line {conversation.line}: {error}") from None
         encoded = self._encode([chat for rendered in chats if isinstance(rendered, list) for chat in rendered])
         results: list[list[Sample] | RowError] = []
         for rendered in chats:
@@ -135,7 +137,7 @@ class ChatRenderer:
         Where the template renders earlier answers otherwise than they were written, the text is encoded in one piece.
         """
         messages, tools, spelled = self._hide_spelled(messages, tools)
-        with time_limit():
+        with limits():
             rendering = self._template.rendering(messages, tools, generation_prompt=True)
             whole = rendering.text
             try:
@@ -230,7 +232,7 @@ class ChatRenderer:
         """Returns the end-of-sequence token, or what the template ends a turn with if that is another control token."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            with time_limit():
+            with limits():
                 header = self._template.render(probe[:1], generation_prompt=True)
                 turn = self._template.render(probe)[len(header) :]
         except RowError as error:

@@ -19,16 +19,9 @@ class EpochDraw:
     """Maps an epoch to its samples and their pack plan."""
 
     def __init__(
-        self,
-        parts: Sequence[np.ndarray],
-        lengths: np.ndarray,
-        max_seq_len: int,
-        packing: bool = True,
-        repack: bool = False,
-        files_per_epoch: int | None = None,
-        file_fraction: float = 1.0,
-        seed: int = 0,
-    ):
+        self, parts: Sequence[np.ndarray], lengths: np.ndarray, max_seq_len: int, packing: bool = True,
+        repack: bool = False, files_per_epoch: int | None = None, file_fraction: float = 1.0, seed: int = 0,
+    ):  # fmt: skip
         """`parts` holds the sample numbers of each file, `lengths` the stored tokens of all samples."""
         self._parts = [part for part in parts if len(part)]
         self._lengths, self._max_seq_len, self._packing = lengths, max_seq_len, packing

@@ -153,6 +153,7 @@ def _table_rows(path: Path, start: bytes) -> Iterator[tuple[int, RawRow]]:
         else:
             tables = ipc.open_stream(pyarrow.memory_map(str(path)))
         for table in tables:
+            table.validate(full=True)  # an offset that lies would read memory that is not the file's
             for values in table.to_pylist():
                 row += 1
                 yield row, plain(values)

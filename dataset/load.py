@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -58,12 +59,9 @@ class RunData:
 
 
 def load_rows(
-    request: DataRequest,
-    tokenizer: PreTrainedTokenizerFast,
-    owner: bool,
-    echo: Callable[[str], None],
+    request: DataRequest, tokenizer: PreTrainedTokenizerFast, owner: bool, echo: Callable[[str], None],
     rejects_file: Path | None = None,
-) -> RunData:
+) -> RunData:  # fmt: skip
     """Tokenise once (the owner; other processes wait for its files), hold out, and pack.
 
     Raises DataError with the defects of all files, after they are written to `rejects_file`, one JSON object per line.
@@ -146,14 +144,9 @@ def write_rejects(path: Path, rejects: list[dict[str, Any]]) -> Path:
 
 
 def make_loader(
-    rows: PackedRows,
-    batches: Sampler[list[int]],
-    *,
-    num_workers: int,
-    prefetch_factor: int,
-    persistent_workers: bool,
+    rows: PackedRows, batches: Sampler[list[int]], *, num_workers: int, prefetch_factor: int, persistent_workers: bool,
     pin_memory: bool,
-) -> DataLoader:
+) -> DataLoader:  # fmt: skip
     """Batches of rows; workers and pinned memory change their speed, never their content or order."""
     workers = {"prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers} if num_workers else {}
     return DataLoader(
@@ -162,8 +155,15 @@ def make_loader(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_parent,
         **workers,
     )
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """A stop signal often goes to the whole process group; the batches of the last step are still needed then."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def fetch_windows(loader: DataLoader, micro_batches: int) -> Iterator[tuple[list[dict[str, Any]], Exception | None]]:

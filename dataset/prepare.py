@@ -63,16 +63,10 @@ class DataOptions:
 
 
 def prepare(
-    path: str | Path,
-    tokenizer: PreTrainedTokenizerFast,
-    options: DataOptions,
-    cache_dir: str | Path,
-    owner: bool = True,
-    echo: Callable[[str], None] = print,
-    timeout_seconds: float | None = None,
-    processes: int | None = None,
-    tokenizer_hashes: dict[str, str] | None = None,
-) -> store.TokenStore:
+    path: str | Path, tokenizer: PreTrainedTokenizerFast, options: DataOptions, cache_dir: str | Path,
+    owner: bool = True, echo: Callable[[str], None] = print, timeout_seconds: float | None = None,
+    processes: int | None = None, tokenizer_hashes: dict[str, str] | None = None,
+) -> store.TokenStore:  # fmt: skip
     """Returns the token store of a data file, which the owner builds if there is none yet, on all cores or `processes`.
 
     Several owners at once do no harm: the first to finish publishes. A process that is no owner waits, and raises
@@ -176,14 +170,9 @@ def _wait_for(directory: Path, timeout_seconds: float | None) -> None:
 
 
 def _build(
-    path: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    options: DataOptions,
-    directory: Path,
-    fingerprints: dict[str, str],
-    echo: Callable[[str], None],
-    processes: int,
-) -> None:
+    path: Path, tokenizer: PreTrainedTokenizerFast, options: DataOptions, directory: Path,
+    fingerprints: dict[str, str], echo: Callable[[str], None], processes: int,
+) -> None:  # fmt: skip
     layout = detect_layout(path, options.fields(), options.data_format)
     started, ledger = time.monotonic(), Ledger()
     echo(f"{path}: read as {LAYOUTS[layout].spoken}")

@@ -56,6 +56,10 @@ class DataError(ValueError):
         super().__init__("\n".join([*lines, f"{count}{hidden}{place}"]))
 
 
+class UnsafeDataError(ValueError):
+    """A chat template that leaves its sandbox or its limits, or a list of files that reaches outside its directory."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """One validated row: messages with roles in order and the tools that they may call, or a text to train whole.

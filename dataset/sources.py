@@ -10,6 +10,9 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from dataset.reader import UnsafeDataError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<split>[\w+-]+))?")
@@ -33,7 +36,8 @@ def find_sources(data_path: str, flag: str = "--data_path") -> list[Source]:
             name, weight = _weight_of(word.strip())
             sources += [Source(path, weight) for path in _files_of(name)]
         except ValueError as error:
-            raise ValueError(f"{flag} {word.strip()}: {error}") from error
+            kind = UnsafeDataError if isinstance(error, UnsafeDataError) else ValueError
+            raise kind(f"{flag} {word.strip()}: {error}") from error
     return sources
 
 
@@ -67,15 +71,26 @@ def _files_of(name: str) -> list[Path]:
 def _files_in(directory: Path) -> list[Path]:
     """Every data file below a directory, or the shards of what `datasets` saved there."""
     if (directory / "dataset_dict.json").is_file():
-        splits = ", ".join(json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+        splits = ", ".join(_listed(directory / "dataset_dict.json", "splits"))
         raise ValueError(f"it holds several splits, name the directory of one: {splits}")
     if (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file():
-        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        return [directory / entry["filename"] for entry in state["_data_files"]]
+        entries = _listed(directory / "state.json", "_data_files")
+        names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
+        if outside := [name for name in names if name in ("", "..") or name != Path(str(name)).name]:
+            raise UnsafeDataError(f"its state.json names {outside[0]!r}, which is no file in it")
+        return [directory / name for name in names]
     found = sorted(path for path in directory.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
     if not found:
         raise ValueError(f"no file in it ends with {', '.join(SUFFIXES)}")
     return found
+
+
+def _listed(file: Path, key: str) -> list[Any]:
+    """The list under a key of a JSON file; ValueError where there is none."""
+    try:
+        return list(json.loads(file.read_text(encoding="utf-8"))[key])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file.name} in it cannot be read: {error!r}") from None
 
 
 def _files_from_hub(name: str, config: str | None, split: str | None) -> list[Path]:

@@ -20,6 +20,8 @@ import numpy as np
 
 FORMAT = 3
 META = "meta.json"
+ARRAYS = {"ids", "supervised", "offsets", "lines", "rows", "targets", "digests"}
+DTYPES = {"|u1", "<u2", "<u4", "<i4", "<i8", "<u8"}  # of plain numbers: an array of objects would be one of addresses
 TRAINED = ("ids", "supervised", "offsets")  # the arrays that decide what is trained
 
 
@@ -227,6 +229,8 @@ def read_meta(directory: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads((directory / META).read_text(encoding="utf-8"))
         if not isinstance(meta["report"], dict) or meta["format"] != FORMAT:
             raise ValueError(f"{directory} has store format {meta['format']}, expected {FORMAT}")
+        if meta["arrays"].keys() != ARRAYS or not {array["dtype"] for array in meta["arrays"].values()} <= DTYPES:
+            raise ValueError(f"{directory} has other arrays than a store has")
         for name, array in meta["arrays"].items():
             size, expected = (
                 (directory / f"{name}.bin").stat().st_size,
@@ -234,7 +238,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
             )
             if size != expected:
                 raise ValueError(f"{directory / name}.bin has {size} bytes, expected {expected}")
-    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, LookupError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"{directory} is no token store: {error!r}") from error
     return meta
 

@@ -9,7 +9,9 @@ what it would have written without that message and those after it, so one rende
 """
 
 import contextlib
+import os
 import re
+import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -17,13 +19,15 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 from jinja2 import Environment, nodes
+from jinja2.exceptions import SecurityError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _alias_reasoning_fields, _compile_jinja_template
 
 from dataset.files import RowError
-from dataset.reader import Message
+from dataset.reader import Message, UnsafeDataError
 
 SECONDS = 5.0  # of computing that the templates of one conversation may take together
+MEMORY = 1 << 30  # bytes that they may add to what the process has
 BACKWARD = {"index", "index0", "first", "depth", "depth0", "previtem"}  # what `loop` knows without looking ahead
 
 Tools = list[dict[str, Any]] | None
@@ -68,6 +72,7 @@ class ChatTemplate:
             source = self._tokenizer.get_chat_template(None, tools)
             template = _compile_jinja_template(source)
             tracked = has_marks(source)
+            template.environment.unsafe_undefined = _refuse_access  # jinja's own writes nothing and goes on
             with template.environment.activate_tracker(pieces, marked) if tracked else contextlib.nullcontext():
                 for piece in template.generate(
                     messages=WatchedList(_alias_reasoning_fields(messages), note_length), tools=tools, documents=None,
@@ -75,10 +80,10 @@ class ChatTemplate:
                 ):  # fmt: skip
                     pieces.append(piece)
                     written += len(piece)
-        except RowError:  # the time limit's
-            raise
         except Exception as error:  # a template is a program of its own and may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if isinstance(error, (SecurityError, MemoryError, OverflowError, RecursionError)):
+                raise UnsafeDataError(f"the chat template leaves its sandbox or its limits: {reason}") from error
             raise RowError("TEMPLATE", f"the chat template failed: {reason}") from error
         return "".join(pieces), ends, marked
 
@@ -198,26 +203,56 @@ def _looks_back(body: list[nodes.Node]) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def time_limit() -> Iterator[None]:
-    """Raises RowError in a block that computes for longer than SECONDS; only a process's main thread can be told.
+def _refuse_access(value: Any, attribute: str) -> NoReturn:
+    raise SecurityError(f"access to {attribute!r} of a {type(value).__name__}")
 
-    Python acts on a signal between two of its instructions, which a single huge one (`9 ** (9 ** 9)`) keeps waiting.
-    The system itself then ends the process by SIGVTALRM, once the block has computed for two seconds more.
+
+class _TimeIsUp(BaseException):
+    """No Exception: those that a template's filters raise, jinja takes for its own in places."""
+
+
+@contextlib.contextmanager
+def limits() -> Iterator[None]:
+    """Raises UnsafeDataError in a block that computes for longer than SECONDS, MemoryError in one that takes too much.
+
+    Only a process's main thread can be told. Python acts on a signal between two of its instructions, which a single
+    huge one (comparing lists that hold each other many times over) keeps waiting. The system itself then ends the
+    process by SIGVTALRM, once the block has computed for two seconds more.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_: object) -> NoReturn:
-        raise RowError("TEMPLATE", f"the chat template failed: it took more than {SECONDS} seconds")
+    over = False
 
-    before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    def stop(*_: object) -> None:
+        if not over:
+            raise _TimeIsUp
+
+    before, allowed = signal.signal(signal.SIGPROF, stop), resource.getrlimit(resource.RLIMIT_AS)
+    _allow_memory(MEMORY, *allowed)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS, 0.1)  # again and again: what a destructor raises is lost
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS + 2)
     try:
-        yield
+        try:
+            yield
+        finally:
+            over = True
+    except _TimeIsUp:
+        raise UnsafeDataError(f"the chat template took more than {SECONDS} seconds of computing") from None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, allowed)
         signal.signal(signal.SIGPROF, before)
+
+
+def _allow_memory(more: int, soft: int, hard: int) -> None:
+    """Limit this process to `more` bytes than it has; only Linux tells how many those are."""
+    try:
+        descriptor = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:
+        return
+    wanted = int(os.read(descriptor, 64).split()[0]) * resource.getpagesize() + more
+    os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(soft, wanted), hard))

@@ -29,18 +29,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def document_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    document_lengths: list[int],
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, document_lengths: list[int], *, scale: float | None = None,
+    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Causal attention inside each document: q (T, heads, head_dim), k and v (T, kv_heads, head_dim) -> like q.
 
     `cu_seqlens` int32 (D + 1,) and `document_lengths` (D host integers) say the same boundaries. `scale` defaults to
@@ -107,15 +98,9 @@ def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
 
 
 def _written_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dropout: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, softcap: float | None,
+    sinks: Tensor | None, dropout: float,
+) -> Tensor:  # fmt: skip
     """One document's attention in plain operations, for what no fused kernel here offers: soft caps and sinks."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

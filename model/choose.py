@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from model.decoder import Decoder, DecoderConfig
 from model.loading import build_model, check_isolation, fill_from_files, load_model, load_skeleton
 from model.parts import PartOf
+from model.trust import UnsafeModelError, refuse_unsafe_tokenizer
 
 NEW = "none"
 OWN_TOKENIZER = Path(__file__).resolve().parent / "tokenizer"
@@ -26,10 +27,18 @@ def choose_tokenizer(tokenizer: str | None, from_weight: str) -> str:
 
 
 def load_tokenizer(source: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer, with the template in the file `chat_template`; ValueError where there is no fast tokenizer."""
+    """The tokenizer, with the template in the file `chat_template`; ValueError where there is no fast tokenizer.
+
+    Raises UnsafeModelError where that is a program.
+    """
     try:
+        refuse_unsafe_tokenizer(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except UnsafeModelError:
+        raise
+    except Exception as error:  # of the files of strangers transformers trips over in many ways
+        if "trust_remote_code" in str(error):
+            raise UnsafeModelError(f"the tokenizer in {source} needs code of its own, which is never run") from None
         raise ValueError(f"no tokenizer in {source} ({error}); name one with --tokenizer") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer in {source} has no tokenizer.json, which this kit needs")

@@ -31,14 +31,9 @@ TOKENIZER_FILES = (
 
 
 def export_model(
-    directory: str | Path,
-    model: Decoder | HFCausalLM,
-    tokenizer: "str | Path | PreTrainedTokenizerFast",
-    *,
-    state_dict: dict[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-    card: str = "",
-) -> None:
+    directory: str | Path, model: Decoder | HFCausalLM, tokenizer: "str | Path | PreTrainedTokenizerFast", *,
+    state_dict: dict[str, Tensor] | None = None, dtype: torch.dtype = torch.float32, card: str = "",
+) -> None:  # fmt: skip
     """Publish `model` with its tokenizer as a Hugging Face directory, which is never seen half written.
 
     `state_dict` replaces the model's own weights (gathered from shards, or averaged). `tokenizer` is a directory, whose

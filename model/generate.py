@@ -40,13 +40,9 @@ GREEDY = Sampling()
 
 
 def generate(
-    model: Decoder | HFCausalLM,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    eos_token_ids: Collection[int],
-    sampling: Sampling = GREEDY,
-) -> list[list[int]]:
+    model: Decoder | HFCausalLM, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+    eos_token_ids: Collection[int], sampling: Sampling = GREEDY,
+) -> list[list[int]]:  # fmt: skip
     """New token ids of each prompt, without the end-of-sequence token that stopped it.
 
     A prompt's result does not depend on its neighbours: lengths may differ, and prompt i draws from its own random
@@ -59,13 +55,9 @@ def generate(
 
 
 def generate_stream(
-    model: Decoder | HFCausalLM,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    eos_token_ids: Collection[int],
+    model: Decoder | HFCausalLM, prompt: Sequence[int], *, max_new_tokens: int, eos_token_ids: Collection[int],
     sampling: Sampling = GREEDY,
-) -> Iterator[int]:
+) -> Iterator[int]:  # fmt: skip
     """The new token ids of one prompt, each as soon as it is known."""
     for _, token in _tokens(model, [prompt], max_new_tokens, eos_token_ids, sampling):
         yield token
@@ -73,12 +65,9 @@ def generate_stream(
 
 @torch.no_grad()
 def _tokens(
-    model: Decoder | HFCausalLM,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    eos_token_ids: Collection[int],
+    model: Decoder | HFCausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_token_ids: Collection[int],
     sampling: Sampling,
-) -> Iterator[tuple[int, int]]:
+) -> Iterator[tuple[int, int]]:  # fmt: skip
     """(index of the prompt, next token) for every prompt that has not ended, step after step."""
     if not prompts:
         return

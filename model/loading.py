@@ -1,7 +1,6 @@
 """From a configuration or a directory of weights to a model that answers `model(batch, terms)`."""
 
 import inspect
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,12 @@ from model.attention import document_attention
 from model.decoder import Decoder, DecoderConfig
 from model.losses import Terms, supervised_terms
 from model.parts import PartOf, block, recompute_in_backward, whole
+from model.trust import read_object, refuse_unsafe_weights
 
 logger = logging.getLogger("train")
 
 ATTENTION_NAME = "documents"
+FLOATS = ("F64", "F32", "F16", "BF16")
 NOT_PACKABLE = "this family cannot be packed yet"
 PROBE_TOKENS = 7  # of each of the two documents that a loaded model is tried on
 
@@ -36,7 +37,8 @@ def load_model(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalL
     """Float32 weights of a directory or a Hub id, in the built-in decoder where it fits and through transformers else.
 
     `dropout` is the decoder's; other models keep what their own config.json says. Raises ValueError for weights that do
-    not fit their config.json and for families whose packed documents would influence each other.
+    not fit their config.json and for families whose packed documents would influence each other; UnsafeModelError for
+    what is a program.
     """
     if is_builtin_directory(source):
         decoder = Decoder(_decoder_config_in(source, dropout))
@@ -60,19 +62,13 @@ def is_builtin_directory(source: str | Path) -> bool:
     """Whether the built-in decoder computes what lies there. Raises ValueError where nothing does."""
     if not Path(source).is_dir() and (str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))):
         raise ValueError(f"no model in {source}: there is no such directory")
+    refuse_unsafe_weights(source)
     return (Path(source) / "config.json").is_file() and is_builtin(read_config(source))
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
     """The config.json of a directory; ValueError where it is no JSON object."""
-    file = Path(directory) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: no JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: a JSON object is needed, not a {type(config).__name__}")
-    return config
+    return read_object(Path(directory) / "config.json")
 
 
 def is_builtin(config: dict[str, Any]) -> bool:
@@ -129,11 +125,13 @@ def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: 
                 if name in tied:
                     continue  # some writers save the tied head a second time
                 tensor = missing.pop(name, None)
-                shape = tuple(stored.get_slice(name).get_shape())
+                shape, dtype = tuple(stored.get_slice(name).get_shape()), stored.get_slice(name).get_dtype()
                 if tensor is None:
                     wrong.append(f"{name} is not part of it")
                 elif shape != tuple(tensor.shape):
                     wrong.append(f"{name} is {shape} and should be {tuple(tensor.shape)}")
+                elif tensor.is_floating_point() and dtype not in FLOATS:
+                    wrong.append(f"{name} holds {dtype}, not one of {', '.join(FLOATS)}")
                 else:
                     part, begin = part_of(tensor)
                     with torch.no_grad():

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.evaluate import positive
+from scripts.evaluate import exit_code_of, positive
 
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character while its last ones are missing
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
             converse(talk, read_line, interactive=sys.stdin.isatty())
     except (ValueError, OSError) as error:
         hint(f"error: {error}")
-        return 2 if isinstance(error, ValueError) else 74
+        return exit_code_of(error)
     except KeyboardInterrupt:
         return 130  # what a shell expects of an interrupted program
     return 0

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from dataset.files import read_rows
 from dataset.layouts import LAYOUTS
-from dataset.reader import BAD_ROWS, OVERLONG, DataError
+from dataset.reader import BAD_ROWS, OVERLONG, DataError, UnsafeDataError
+from model.trust import UnsafeModelError
 from training.checkpoints import replace_json
 from training.config import Config
 from training.metrics import strict
@@ -60,7 +61,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def exit_code_of(error: ValueError | OSError) -> int:
-    """That of the trainer: 65 for data, 2 for usage, 74 for files."""
+    """That of the trainer: 77 for what is refused for security, 65 for data, 2 for usage, 74 for files."""
+    if isinstance(error, (UnsafeDataError, UnsafeModelError)):
+        return 77
     return 65 if isinstance(error, DataError) else 2 if isinstance(error, ValueError) else 74
 
 

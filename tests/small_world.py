@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,7 +122,10 @@ def _train_rank(rank: int, values: dict, save_dir: str, wrap_objective: Callable
         objective = wrap_objective(make_sft_objective(), rank)
         original = train_full_sft.run
         train_full_sft.run = lambda config: original(config, objective)  # type: ignore[misc]
-    train_full_sft.end_process(train_full_sft.main(make_config(values)))
+    code = train_full_sft.main(make_config(values))
+    if values.get("strategy") == "fsdp":  # gloo's teardown after FSDP2 now and then aborts
+        train_full_sft.end_process(code)
+    sys.exit(code)
 
 
 class KillAtCall:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dataset.chat import GREEN, RESET, ChatRenderer, show
 from dataset.files import RowError
 from dataset.layouts import Fields
-from dataset.reader import Conversation, Defect, read_conversations
+from dataset.reader import Conversation, Defect, UnsafeDataError, read_conversations
 from dataset.template import ChatTemplate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -393,14 +393,16 @@ def test_a_rendered_template_is_that_of_transformers():
             assert ChatTemplate(tokenizer).render(messages, tools, prompt) == expected
 
 
-def render_endless_power() -> None:
-    ChatRenderer(byte_tokenizer("{% if 9 ** (9 ** 9) > 1 %}{% endif %}" + PLAIN))
+def compare_without_end() -> None:
+    double = "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}"
+    grown = "{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(99) %}" + double + "{% endfor %}"
+    ChatRenderer(byte_tokenizer(grown + "{{ ns.a == ns.b }}" + PLAIN))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns whenever there are threads
 def test_a_template_that_is_stuck_in_one_operation_is_ended_by_the_system(monkeypatch):
     monkeypatch.setattr("dataset.template.SECONDS", 0.2)
-    process = multiprocessing.get_context("fork").Process(target=render_endless_power)
+    process = multiprocessing.get_context("fork").Process(target=compare_without_end)
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGVTALRM
@@ -418,9 +420,8 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch):
     nested = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     endless = "{% if messages[0].content == 'loop' %}" + nested + "{% endif %}" + PLAIN
     renderer = ChatRenderer(byte_tokenizer(endless))
-    with pytest.raises(RowError, match="it took more than 0.3 seconds") as caught:
+    with pytest.raises(UnsafeDataError, match="took more than 0.3 seconds"):
         renderer.render(turns("loop", "b"))
-    assert caught.value.code == "TEMPLATE"
     assert renderer.render(turns("a", "b")).supervised.any()
 
 

@@ -79,29 +79,95 @@ def test_the_core_stays_small_enough_to_read():
     texts = {str(p.relative_to(ROOT)): p.read_text() for p in CORE}
     lengths = {name: len(text.splitlines()) for name, text in texts.items()}
     # The two files of the top level are one job each, which a reader would have to put together again.
-    assert max(lengths.pop(name) for name in ("train_full_sft.py", "trainer_utils.py")) <= 500
+    assert max(lengths.pop(name) for name in ("train_full_sft.py", "trainer_utils.py")) <= 520
     assert max(lengths.values()) <= 450
     written = {name: lines_of_code(text) for name, text in texts.items()}
     assert sum(written.values()) <= 5500, written
     assert lines_of_code('"""A\n\nB."""\n# c\n\nx = """\n"""  # d\n') == 2
 
 
-RISKY = re.compile(
-    r"\bimport pickle\b|\bpickle\.|torch\.load\(|(?<![\w.])eval\(|(?<![\w.])exec\(|yaml\.load\(|yaml\.unsafe|shell=True"
-    r"|allow_pickle|_object_list\(|(gather|scatter|broadcast)_object|weights_only"
-)
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "pickletools", "marshal", "shelve", "joblib", "dill", "cloudpickle"}
+RISKY_CALLS = {
+    "torch.load", "torch.jit.load", "torch.package", "numpy.load", "pandas.read_pickle", "eval", "exec", "compile",
+    "__import__", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "yaml.load",
+    "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.Loader", "yaml.FullLoader",
+    "yaml.UnsafeLoader", "yaml.CLoader",
+}  # fmt: skip
+RISKY_SWITCHES = {"shell", "allow_pickle", "trust_remote_code"}  # may be given as False, which says it aloud
+COLLECTIVES = re.compile(r"(all_gather|broadcast|gather|scatter|send|recv)_object(_list)?")
+
+
+def risks_of(text: str) -> list[str]:
+    """What in a program could run data as code: `line: name`. Names are told through whatever import renames them."""
+    tree, names, found = ast.parse(text), {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname: alias.name for alias in node.names if alias.asname}
+            full = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        else:
+            continue
+        found += [(node.lineno, name) for name in full if name.split(".")[0] in UNPICKLERS or name in RISKY_CALLS]
+
+    def dotted(node: ast.AST) -> str:
+        if isinstance(node, ast.Attribute):
+            return f"{dotted(node.value)}.{node.attr}"
+        return names.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            name = dotted(node)
+            if name in RISKY_CALLS or name.split(".")[0] in UNPICKLERS or COLLECTIVES.fullmatch(name.split(".")[-1]):
+                found.append((node.lineno, name))
+        elif isinstance(node, ast.keyword) and node.arg in {*RISKY_SWITCHES, "weights_only"}:
+            harmless = isinstance(node.value, ast.Constant) and node.value.value is False and node.arg != "weights_only"
+            found += [] if harmless else [(node.value.lineno, f"{node.arg}=")]
+    return [f"{line}: {name}" for line, name in sorted(found)]
 
 
 def test_nothing_reads_code_as_data():
-    hits = [
-        f"{p}:{i}"
-        for p in FILES
-        if room_of(p) != "tests"
-        for i, line in enumerate(p.read_text().splitlines(), 1)
-        if RISKY.search(line)
-    ]
-    assert not hits
-    assert RISKY.search("torch.load(path)") and RISKY.search("dist.broadcast_object_list(x)")
+    assert not {str(p): risks for p in FILES if room_of(p) != "tests" and (risks := risks_of(p.read_text()))}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle", "import pickle as p", "from pickle import loads", "import _pickle", "import marshal",
+        "import shelve", "import joblib", "import dill", "import cloudpickle", "def f():\n    import pickle",
+        "torch.load(x)", "torch.load(x, weights_only=True)", "from torch import load", "import torch as t\nt.load(x)",
+        "f = torch.load", "torch.jit.load(x)", "import numpy as np\nnp.load(x)", "numpy.load(x, allow_pickle=False)",
+        "np.save(x, y, allow_pickle=True)", "read(x, allow_pickle=flag)", "pandas.read_pickle(x)", "eval(x)", "exec(x)",
+        "compile(x, '', 'exec')", "list(map(eval, x))", "__import__(x)", "os.system(x)", "from os import system",
+        "os.popen(x)", "pickle.loads(x)",
+        "subprocess.run(x, shell=True)", "run(x, shell=flag)", "subprocess.getoutput(x)", "yaml.load(x)",
+        "yaml.load(x, Loader=yaml.SafeLoader)", "yaml.unsafe_load(x)", "yaml.full_load(x)", "from yaml import load",
+        "class A(yaml.Loader): pass", "dist.broadcast_object_list(x)", "dist.all_gather_object(x, y)",
+        "dist.gather_object(x)", "dist.scatter_object_list(x, y)", "dist.send_object_list(x)",
+        "from torch.distributed import recv_object_list\nrecv_object_list(x)", "f(trust_remote_code=True)",
+        "f(trust_remote_code=flag)",
+    ],
+)  # fmt: skip
+def test_what_could_run_data_is_found(text):
+    assert risks_of(text)
+
+
+def test_what_only_looks_like_it_is_left_alone():
+    harmless = """
+import json, os, re, subprocess
+model.eval()
+self.exec(x)
+re.compile(x)
+json.load(x)
+yaml.safe_load(x)
+yaml.SafeLoader
+load(x, trust_remote_code=False, allow_pickle=False, shell=False)
+subprocess.run(["git"], shell=False)
+np.save(x, y, allow_pickle=False)
+"pickle.loads(x)"  # torch.load(x)
+"""
+    assert not risks_of(harmless)
 
 
 def test_every_module_says_what_it_is_for():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dataset.chat import ChatRenderer
 from dataset.files import RowError
-from dataset.reader import Conversation
+from dataset.reader import Conversation, UnsafeDataError
 from dataset.template import ChatTemplate, looks_only_back
 from model.choose import OWN_TOKENIZER, load_tokenizer
 from tests.test_chat import CONTROLS, PLAIN, byte_tokenizer, random_conversation
@@ -185,7 +185,7 @@ def test_templates_that_may_look_ahead_are_told_from_those_that_cannot():
 def lengths(tokenizer: Any, messages: list[dict], tools: Any) -> list[int | str]:
     try:
         rendering = ChatTemplate(tokenizer).rendering(messages, tools)
-    except RowError as error:
+    except (RowError, UnsafeDataError) as error:
         return [str(error)]
     found: list[int | str] = []
     for count in range(1, len(messages)):

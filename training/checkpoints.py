@@ -45,6 +45,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used, or none where one is needed; the message names the file."""
 
 
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint whose manifest reaches outside its directory."""
+
+
 def fsync_path(path: Path) -> None:
     """Force a file or a directory entry to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -96,7 +100,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version, step = manifest["format_version"], manifest["step"]
         names = [str(entry["name"]) for entry in manifest["files"] if (entry["size"], entry["sha256"])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: unreadable ({error})") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{file}: format {version}, this program reads {FORMAT_VERSION}")
@@ -107,7 +111,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: is of step {step}, the directory says {int(match[1])}")
     for name in names:  # one with a separator could reach outside the directory
         if not _FILE_NAME.fullmatch(name):
-            raise CheckpointError(f"{file}: lists the forbidden name {name!r}")
+            raise UnsafeCheckpointError(f"{file}: lists the forbidden name {name!r}")
     return manifest
 
 
@@ -269,10 +273,11 @@ class CheckpointStore:
                 verify(self.path(step))
                 return step
             except CheckpointError as error:
-                problems.append(str(error))
+                problems.append(error)
                 warn(f"checkpoint of step {step} is damaged, trying an older one: {error}")
         if problems:
-            raise CheckpointError("every checkpoint is damaged, nothing to resume from:\n" + "\n".join(problems))
+            said = "\n".join(["every checkpoint is damaged, nothing to resume from:", *map(str, problems)])
+            raise type(problems[0])(said)
         return None
 
     def _room(self, needed: int) -> str:
@@ -374,7 +379,13 @@ def lock_run(save_dir: Path) -> IO[str]:
 
 
 def read_trainer_state(directory: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))
+    """What a verified checkpoint says of the loop; CheckpointError where that is no JSON object, whoever hashed it."""
+    try:
+        state: Any = json.loads((directory / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{directory / TRAINER_STATE}: no JSON ({error})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{directory / TRAINER_STATE}: a JSON object is needed, not a {type(state).__name__}")
     return state
 
 

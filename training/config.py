@@ -25,29 +25,12 @@ ALLOWED_CHANGES = ("data", "template", "model", "seed", "schedule", "optimizer",
 SHAPE_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 DATA_FLAGS = (
-    "prompt_field",
-    "response_field",
-    "system_field",
-    "max_seq_len",
-    "overlong",
-    "bad_rows",
-    "data_format",
-    "train_on",
-)
+    "prompt_field", "response_field", "system_field", "max_seq_len", "overlong", "bad_rows", "data_format", "train_on",
+)  # fmt: skip
 REQUEST_FLAGS = (
-    "data_path",
-    "val_data_path",
-    "val_fraction",
-    "seed",
-    "packing",
-    "repack",
-    "files_per_epoch",
-    "file_fraction",
-    "system_prompts",
-    "system_prompt_ratio",
-    "cache_dir",
-    "tokenize_workers",
-)
+    "data_path", "val_data_path", "val_fraction", "seed", "packing", "repack", "files_per_epoch", "file_fraction",
+    "system_prompts", "system_prompt_ratio", "cache_dir", "tokenize_workers",
+)  # fmt: skip
 ALTERNATIVES = (
     ("warmup_steps", "warmup_ratio"),
     ("val_data_path", "val_fraction"),
@@ -66,16 +49,9 @@ class ConfigError(ValueError):
 
 
 def flag(
-    default: Any,
-    help: str,
-    *,
-    group: str,
-    choices: tuple[str, ...] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    interval: bool = False,
-) -> Any:
+    default: Any, help: str, *, group: str, choices: tuple[str, ...] = (), minimum: float | None = None,
+    maximum: float | None = None, above: float | None = None, interval: bool = False,
+) -> Any:  # fmt: skip
     """A dataclass field that is also a command line flag; `above` is an exclusive lower bound."""
     bounds = {"minimum": minimum, "maximum": maximum, "above": above}
     return field(
@@ -347,7 +323,12 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     class StrictLoader(yaml.SafeLoader):
-        """Refuses a key given twice, which plain YAML loading resolves in silence."""
+        """Refuses a key given twice, which plain YAML loading resolves in silence, and aliases, which can multiply."""
+
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases (*name) are not read here")
+            return super().compose_node(parent, index)
 
     def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
         keys = [loader.construct_object(key) for key, _ in node.value]
@@ -364,7 +345,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         values = loader.get_single_data()
     except OSError as error:
         raise ConfigError([f"--config {path}: {error.strerror}"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError([f"--config {path}: not valid YAML: {error}"]) from None
     if values is None:
         return {}

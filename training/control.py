@@ -20,6 +20,7 @@ logger = logging.getLogger("train")
 
 PAUSE, RESUME, SAVE, STOP = COMMANDS = ("pause", "resume", "save", "stop")
 MAX_BYTES = 4096
+ECHO_SECONDS = 0.3  # a launcher and the terminal may both pass the same stop on
 PAUSE_SECONDS = 0.5  # between two looks of a paused run
 # Why a run stops early, in the order of precedence; those that mean to go on elsewhere are preempted.
 STOP_REASONS = ("Ctrl-C", "a stop command", "SIGTERM or SIGHUP", "--max_hours")
@@ -38,6 +39,7 @@ class SignalFlags:
     def __init__(self) -> None:
         self.stop = 0
         self.save = False
+        self._stopped_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> SignalFlags:
@@ -55,11 +57,11 @@ class SignalFlags:
         # A handler runs between any two instructions: it may set a flag and nothing else.
         if number == signal.SIGUSR1:
             self.save = True
-        elif self.stop:
+        elif not self.stop:
+            self.stop, self._stopped_at = number, time.monotonic()
+        elif time.monotonic() - self._stopped_at > ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        else:
-            self.stop = number
 
 
 class ControlFile:

@@ -80,17 +80,10 @@ def make_plan(config: Config, rows_of: Callable[[int], int], window_rows: int, s
         return config.learning_rate * factor
 
     return Plan(
-        rows_of=rows_of,
-        window_rows=window_rows,
-        total_steps=total_steps,
-        epochs=epochs,
-        extra_steps=extra_steps,
-        log_interval=config.log_interval,
-        eval_interval=config.eval_interval,
-        save_interval=config.save_interval,
-        save_evaluated=config.save_top_k > 0,
-        lr=lr,
-    )
+        rows_of=rows_of, window_rows=window_rows, total_steps=total_steps, epochs=epochs, extra_steps=extra_steps,
+        log_interval=config.log_interval, eval_interval=config.eval_interval, save_interval=config.save_interval,
+        save_evaluated=config.save_top_k > 0, lr=lr,
+    )  # fmt: skip
 
 
 def micro_batches_per_step(window_rows: int, world_size: int, batch_size: int) -> int:

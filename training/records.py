@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ class RunRecords:
         self.progress: Progress | None = None
         self.last_eval: dict[str, float] = {}
         self._last_eval_step = -1
+        self._position: Callable[[], dict[str, Any]] = dict
 
     @contextlib.contextmanager
     def running(self, state: LoopState, plan: Plan) -> Iterator[None]:
@@ -149,7 +150,10 @@ class RunRecords:
                 self.last_eval = {key: value for key, value in last.items() if key.startswith("eval/")}
                 self._last_eval_step = last["step"]
             self.progress = Progress(plan.total_steps, state.step)
-            self.state_file.update(status="running", started_at=time.time(), **self._position(state, plan))
+            self._position = lambda: {  # asked for whenever something is said, so that it is never an old one
+                "step": state.step, "total_steps": plan.total_steps, "epoch": state.epoch, "stage": 0
+            }  # fmt: skip
+            self.state_file.update(status="running", started_at=time.time(), **self._position())
         try:
             yield
         except BaseException as error:
@@ -203,14 +207,15 @@ class RunRecords:
         if self.is_main:
             self.metrics.write("event", step, event=event, **values)
 
-    def step_done(self, state: LoopState, plan: Plan) -> None:
+    def step_done(self) -> None:
         if self.is_main and self.progress is not None:
             self.progress.advance()
-            self.state_file.update(**self._position(state, plan))
+            self.state_file.update(**self._position())
 
     def status(self, status: str, exit_reason: str | None = None) -> None:
         if self.is_main:
-            self.state_file.update(status=status, **({"exit_reason": exit_reason} if exit_reason else {}))
+            reason = {"exit_reason": exit_reason} if exit_reason else {}
+            self.state_file.update(status=status, **self._position(), **reason)
 
     def metrics_of(self, step: int) -> dict[str, float]:
         """What an evaluation after this step gave, if there was one."""
@@ -218,11 +223,7 @@ class RunRecords:
 
     def close(self, status: str, exit_reason: str) -> None:
         if self.is_main:
-            self.state_file.update(status=status, exit_reason=exit_reason)
+            self.state_file.update(status=status, exit_reason=exit_reason, **self._position())
             self.metrics.close()
             if self.progress is not None:
                 self.progress.close()
-
-    @staticmethod
-    def _position(state: LoopState, plan: Plan) -> dict[str, Any]:
-        return {"step": state.step, "total_steps": plan.total_steps, "epoch": state.epoch, "stage": 0}

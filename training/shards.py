@@ -27,6 +27,7 @@ DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+KINDS = {name: dtype for dtype, name in DTYPES.items()}
 WRITE_BYTES = 2**24
 
 
@@ -78,8 +79,9 @@ class ShardReader:
     """The tensors that lie in blocks in some files; any block of them is put together from those that it meets."""
 
     def __init__(self, files: Iterable[Path]):
-        """Raises ValueError naming a file that is no safetensors file or contradicts another."""
+        """Raises OSError naming a file that is no safetensors file or contradicts another."""
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype | None] = {}  # None: one that no run of ours has
         self._blocks: dict[str, list[tuple[Any, Offsets]]] = {}
         for path in files:
             try:
@@ -89,13 +91,15 @@ class ShardReader:
                 shapes = json.loads(metadata.get("shapes", "{}"))
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     own = file.get_slice(name).get_shape()
+                    self.dtypes[name] = KINDS.get(file.get_slice(name).get_dtype())
                     shape = tuple(shapes.get(name, own))
                     if self.shapes.setdefault(name, shape) != shape:
                         raise ValueError(f"{name} is {shape} here and {self.shapes[name]} in another file")
                     offsets = begins[name]["saved_offsets"] if name in begins else [0] * len(own)
                     self._blocks.setdefault(name, []).append((file, tuple(offsets)))
             except (SafetensorError, ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}: {error}") from None
+                # Written so: what was damaged later, the manifest has told.
+                raise OSError(f"{path} is damaged: {error}") from None
 
     def read(self, name: str, target: Tensor, offsets: Offsets) -> None:
         """Fill `target` with the block of tensor `name` that begins at `offsets`; ValueError if files lack it."""
@@ -121,7 +125,6 @@ class ShardReader:
 
     def whole(self, name: str) -> Tensor:
         """A tensor put together from all its blocks."""
-        dtype = self._blocks[name][0][0].get_tensor(name).dtype
-        values = torch.empty(self.shapes[name], dtype=dtype)
+        values = torch.empty(self.shapes[name], dtype=self.dtypes[name])
         self.read(name, values, (0,) * values.dim())
         return values

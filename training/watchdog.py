@@ -15,14 +15,14 @@ logger = logging.getLogger("train")
 EXIT_HANG = 76
 # Before the first step: kernels are built, data is read for the first time, other hosts are still starting.
 FIRST_FACTOR = 2.5
-SECONDS_FOR_THE_OTHERS = 2.0  # torchrun ends all ranks when the first one goes, and each has stacks to write
+SECONDS_FOR_THE_OTHERS = 1.0  # torchrun ends all ranks when the first one goes, and each has stacks to write
 
 
 class Watchdog:
-    """A thread that wants to hear `beat` every `limit_seconds`, before the first `started` 2.5 times as long."""
+    """A thread that wants to hear `beat` every `limit_seconds`, before the first step is done 2.5 times as long."""
 
     def __init__(self, limit_seconds: float, on_hang: Callable[[str], None]):
-        """`on_hang(message)` is called in the watchdog's thread before the process ends with EXIT_HANG."""
+        """`on_hang(message)` is called just before the process ends with EXIT_HANG."""
         self.limit_seconds, self.on_hang = limit_seconds, on_hang
         self._limit = limit_seconds * FIRST_FACTOR
         self._last_beat = time.monotonic()
@@ -36,14 +36,11 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._closed.set()
 
-    def beat(self) -> None:
-        """Say that this process got on."""
+    def beat(self, step_done: bool = False) -> None:
+        """Say that this process got on; from the end of its first step on the shorter limit holds."""
         self._last_beat = time.monotonic()
-
-    def started(self) -> None:
-        """Say that the first step is done, from where on the shorter limit holds."""
-        self._limit = self.limit_seconds
-        self.beat()
+        if step_done:
+            self._limit = self.limit_seconds
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.limit_seconds / 10)):
@@ -55,7 +52,8 @@ class Watchdog:
                 )
                 logger.error(message)
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                self.on_hang(message)
-                sys.stderr.flush()
+                # In a thread of its own: the disk may be what hangs.
+                threading.Thread(target=self.on_hang, args=[message], daemon=True).start()
                 time.sleep(SECONDS_FOR_THE_OTHERS)
+                sys.stderr.flush()
                 os._exit(EXIT_HANG)

@@ -1,1 +1,1 @@
-"""What the outside can do to a run: dead hosts, signals, and what else goes wrong; the long lane is `-m slow`."""
+"""Crashes, full disks, damaged and hostile files, signals: what must never lose or break a run."""
