@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.evaluate import positive
+from scripts.evaluate import exit_code_of, positive
 from scripts.inspect_data import natural
 from training.checkpoints import (
     MANIFEST,
     CheckpointError,
     CheckpointStore,
+    UnsafeCheckpointError,
     lock_run,
     open_shards,
     read_manifest,
@@ -34,7 +35,6 @@ from training.config import SHAPE_FLAGS, Config
 ASIDE = "aside-"
 VERSION = re.compile(r"(?:aside-)?step-\d{8,}")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
-EXIT_DAMAGED, EXIT_USAGE = 74, 2
 
 
 @dataclass(frozen=True)
@@ -171,17 +171,25 @@ def show_list(place: Place) -> int:
     return 0
 
 
+def exit_code(error: Exception) -> int:
+    """That of the trainer."""
+    if isinstance(error, CheckpointError):
+        return 77 if isinstance(error, UnsafeCheckpointError) else 74
+    return exit_code_of(error)
+
+
 def check(place: Place, step: int | None) -> int:
     """One line for each version; what was set aside may be damaged, that can be why it was."""
-    damaged = 0
+    worst = 0
     for path in chosen(place, step):
         try:
             manifest = verify(path)
             print(f"{path.name}  good, {len(manifest['files'])} files, {megabytes(size_of(manifest))}")
         except (CheckpointError, OSError) as error:
-            damaged += not path.name.startswith(ASIDE) or path == place.only
+            if path == place.only or not path.name.startswith(ASIDE):
+                worst = max(worst, exit_code(error))
             print(f"{path.name}  DAMAGED, {error}")
-    return EXIT_DAMAGED if damaged else 0
+    return worst
 
 
 def good_version(place: Place, step: int | None) -> Path:
@@ -271,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         return export(place, options) if options.command == "export" else prune(place, options)
     except (ValueError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ValueError) else EXIT_DAMAGED
+        return exit_code(error)
 
 
 if __name__ == "__main__":

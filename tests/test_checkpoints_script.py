@@ -82,6 +82,16 @@ def test_good_files_are_told_from_damaged_ones(run, capsys):
     assert main(["verify", str(run / "checkpoints" / "step-00000007")]) == 74
 
 
+def test_a_manifest_that_points_outside_is_refused_for_security(run, capsys):
+    manifest = run / "checkpoints" / "step-00000008" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"][0]["name"] = "../step-00000007/trainer_state.json"
+    manifest.write_text(json.dumps(content))
+    assert main(["verify", str(run)]) == 77
+    assert main(["export", str(manifest.parent)]) == 77
+    assert "forbidden name" in capsys.readouterr().err
+
+
 def test_the_export_of_the_last_version_is_the_final_one_and_of_an_older_one_its_own(run, capsys):
     assert main(["export", str(run)]) == 0
     assert files_of(run / "export-step-00000008") == files_of(run / "final")
