@@ -87,6 +87,7 @@ class Bench:
     def torchrun(self, log: Path, processes: int, program: list[str]) -> subprocess.Popen[bytes]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+        environment["TMPDIR"] = str(self.work)  # torchrun leaves its directories of logs behind
         with open(log, "ab") as file:
             return subprocess.Popen([*launcher, *program], cwd=ROOT, env=environment, stdout=file, stderr=file)
 

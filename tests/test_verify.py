@@ -28,14 +28,14 @@ def with_bug(tree, name):
 
 def test_kept_promises_are_reported_with_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code, lines = verify(ROOT, "--only", "packing", "--only", "split", "--only", "world_size")
+    code, lines = verify(ROOT, "--only", "packing", "--only", "split")
     assert code == 0, lines
-    assert re.match(r"checks: 3 kept; \d+ seconds", lines[-1])
+    assert re.match(r"checks: 2 kept; \d+ seconds", lines[-1])
     rows = lines[2:-1]
-    assert len(rows) == 6 and all(row.endswith("kept") for row in rows), rows
+    assert len(rows) == 5 and all(row.endswith("kept") for row in rows), rows
     assert float(rows[0].split()[-4]) <= 1e-12, "the measured difference of packed logits"
-    assert "samples missing or repeated, of 72 " in rows[5] and re.search(r" 0 +0 +\d", rows[5])
-    assert not list(tmp_path.iterdir()), "nothing is left behind"
+    left = [path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor_")]  # torch's own cache
+    assert not left
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,8 @@ def test_kept_promises_are_reported_with_what_was_measured(tmp_path, monkeypatch
         ("packed documents go on counting positions", "packing", "packed == alone: logits"),
         ("attention goes across documents", "packing", "positions that another document changes"),
         ("the mean of means is trained", "split", "update of 2 processes (ddp)"),
-        ("one row too few counts as trained", "world_size", "samples missing or repeated"),
+        pytest.param("one row too few counts as trained", "world_size", "samples missing", marks=pytest.mark.slow),
+        pytest.param("optimizer state not restored", "resume_ddp", "resumed == uninterrupted", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_promise_is_reported_and_ends_with_an_error(tmp_path, bug, check, promise):
@@ -61,10 +62,7 @@ def test_what_a_machine_cannot_run_is_no_success(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", [None, "optimizer state not restored"])
-def test_every_promise_is_checked(tmp_path, bug):
-    """Two minutes each on two cores."""
-    tree = with_bug(tmp_path / "tree", bug) if bug else ROOT
-    code, lines = verify(tree, *(["--only", "resume_ddp"] if bug else []))
-    assert code == (1 if bug else 0), lines
-    assert lines[-1].startswith("checks: 1 BROKEN" if bug else f"checks: {len(CHECKS)} kept")
+def test_every_promise_is_checked():
+    """Two minutes on two cores."""
+    code, lines = verify(ROOT)
+    assert code == 0 and lines[-1].startswith(f"checks: {len(CHECKS)} kept"), lines
