@@ -14,7 +14,7 @@ import signal
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,10 @@ class Call:
 
 
 def read_log(path: Path) -> list[Call]:
-    """The calls of a log in the order in which they began; those that a kill or another call cut short too."""
-    calls, numbers, unfinished = [], Counter(), {}
+    """The calls of a log in the order in which they began, but what forces to the disk has done so when it ends."""
+    calls: list[Call] = []
+    numbers: Counter[tuple[str, str]] = Counter()
+    unfinished: dict[str, int] = {}
     for line in path.read_text().splitlines():
         if resumed := re.match(r"(\d+) +<\.\.\. \w+ resumed>(.*)", line):
             index = unfinished.pop(resumed[1], None)
@@ -63,6 +65,9 @@ def read_log(path: Path) -> list[Call]:
                 rest, _, result = resumed[2].rpartition(" = ")
                 arguments = began.arguments + rest.rstrip(" )")
                 calls[index] = Call(began.thread, began.name, began.number, arguments, result)
+                if began.name in ("fsync", "fdatasync"):
+                    calls.append(calls[index])
+                    calls[index] = replace(began, result="?")
         elif begun := re.match(r"(\d+) +(\w+)\((.*)", line):
             thread, name, rest = begun.groups()
             arguments, _, result = rest.rpartition(" = ")
