@@ -30,7 +30,10 @@ def shards_of(step: int, rank: int = 0, ranks: int = 1) -> dict[str, dict[str, A
     mine = slice(rank * rows, (rank + 1) * rows)
     moment = {"weight:moment": (-weight_of(step)[mine], (rank * rows, 0), (ROWS, COLUMNS))}
     count = {"weight:step": (torch.tensor(float(step)), (), ())} if rank == 0 else {}
-    return {"model": {"weight": (weight_of(step)[mine], (rank * rows, 0), (ROWS, COLUMNS))}, "optimizer": moment | count}
+    return {
+        "model": {"weight": (weight_of(step)[mine], (rank * rows, 0), (ROWS, COLUMNS))},
+        "optimizer": moment | count,
+    }
 
 
 def publish(store: CheckpointStore, step: int, ranks: int = 1, **metrics: float) -> Path:
@@ -73,6 +76,13 @@ def save_in_turn(connection: Any, directory: str, rank: int, ranks: int, steps: 
             time.sleep(0.001)
 
 
+def tell(connection: Any, answer: Any) -> None:
+    try:
+        connection.send(answer)
+    except OSError:  # an error that was meant for the first write to a file
+        connection.send(answer)
+
+
 def train_a_little(connection: Any, directory: str, in_background: bool) -> None:
     """One step with a save for each message, answered by where the saving stands; ends when saving gives up."""
     from trainer_utils import Checkpointer, Processes
@@ -98,10 +108,10 @@ def train_a_little(connection: Any, directory: str, in_background: bool) -> None
             while in_background and saver.flight and not saver.flight.is_done():
                 time.sleep(0.001)  # so that it fails within this step, and is heard of in the next
         except OSError as error:
-            connection.send({"gave_up": str(error), "said": said})
+            tell(connection, {"gave_up": str(error), "said": said})
             return
-        connection.send(
-            {"step": state.step, "saved": saver.saved_step, "failures": saver.failures, "said": list(said)}
+        tell(
+            connection, {"step": state.step, "saved": saver.saved_step, "failures": saver.failures, "said": list(said)}
         )
         said.clear()
         connection.recv()

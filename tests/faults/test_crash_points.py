@@ -10,7 +10,7 @@ from training.checkpoints import CheckpointStore
 
 
 def run_and_kill(directory, log, ranks, victim, steps, point=None):
-    """Steps that were reported as published by ranks of which one is killed at a point, and then all, as by torchrun."""
+    """Steps that rank 0 said were published, when the victim is killed at a point and then all, as torchrun does."""
     options = ["-e", f"inject={point[0]}:signal=KILL:when={point[1]}"] if point else []
     children = [Child(save_in_turn, str(directory), rank, ranks, steps) for rank in range(ranks)]
     try:
