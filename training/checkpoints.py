@@ -114,7 +114,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version, step = manifest["format_version"], manifest["step"]
-        names = [entry["name"] for entry in manifest["files"] if {"size", "sha256"} < entry.keys()]
+        names = [name for name, _, _ in [(e["name"], e["size"], e["sha256"]) for e in manifest["files"]]]
         numbers = [step, *manifest["metrics"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: unreadable ({type(error).__name__}: {error})") from None
