@@ -102,7 +102,8 @@ class ShardReader:
 
         Raises ValueError where the files lack a part of it or hold one twice: the count alone would not tell.
         """
-        filled, met = 0, []
+        filled = 0
+        met: list[list[tuple[int, int]]] = []
         for file, begin in self._blocks.get(name, []):
             source = file.get_slice(name)
             sizes = source.get_shape()
