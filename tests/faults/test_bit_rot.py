@@ -111,10 +111,10 @@ def cases(saved):
 
 
 def test_all_damage_is_found_named_and_passed_over(saved, tmp_path):
-    directory, count = tmp_path / "checkpoints", 0
+    directory, count = copy_fresh(saved, tmp_path / "checkpoints"), 0
+    store = CheckpointStore(directory)
     for what, names, damage in cases(saved):
-        copy_fresh(saved, directory)
-        store = CheckpointStore(directory)
+        copy_fresh(saved / "step-00000006", store.path(6))
         damage(store.path(6))
         with pytest.raises(CheckpointError) as found:
             verify(store.path(6))
