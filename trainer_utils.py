@@ -478,7 +478,7 @@ def find_checkpoint(wanted: str, store: Store, verify: Callable[[Path], Any], pr
             problem = error
     step, failed = processes.sum_ints([found if processes.is_main else 0, problem is not None])
     if failed:
-        raise problem or RuntimeError("rank 0 found no good checkpoint, see its message")
+        raise problem or OSError("rank 0 found no good checkpoint, see its message")
     if wanted not in ("0", "1"):
         return Path(wanted)
     return store.path(step) if step >= 0 else None
