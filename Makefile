@@ -1,7 +1,8 @@
-.PHONY: demo check test fmt bench verify mutants
+.PHONY: demo check test faults fmt bench verify mutants
 
 demo: ; bash scripts/quickstart.sh
 test: ; bash scripts/test.sh
+faults: ; bash scripts/test.sh -m "slow or not slow" tests/faults
 check: ; .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 fmt: ; .venv/bin/ruff check --fix . && .venv/bin/ruff format .
 bench: ; .venv/bin/python -m scripts.bench

@@ -5,10 +5,16 @@ The file reads top to bottom: `train_step` is one update, `train_epoch` the only
 loop alone normalises and backpropagates, so a new loss is a new objective and never a new loop.
 """
 
-from training.config import SHAPE_FLAGS, Config, config_from_command_line
+import os
+from pathlib import Path
 
-if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
+from training.config import SHAPE_FLAGS, Config, config_from_command_line
+from training.lock import lock_or_exit, lock_run
+
+if __name__ == "__main__":  # before torch is imported, so that --help, a wrong flag, a taken directory need no waiting
     CONFIG = config_from_command_line()
+    if os.environ.get("RANK", "0") == "0" and not CONFIG.dry_run:
+        LOCK = lock_or_exit(Path(CONFIG.save_dir))
 
 import contextlib
 import itertools
@@ -19,7 +25,6 @@ import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +77,6 @@ from training.checkpoints import (
     UnsafeCheckpointError,
     check_run_directory,
     clear_run,
-    lock_run,
     open_shards,
     read_trainer_state,
     refuse_changes,
@@ -439,7 +443,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
                 data.train.set_epoch(epoch)
                 batches.skip_batches = sampler.begin(epoch, len(data.train), state.rows) * micro_batches
                 train_epoch(learner, loader, micro_batches, state, plan, records, wishes, hooks)
-            save(last=True)
+            save(last=True)  # the one that failed in the last step would be the result
         except Stopped as stop:
             reason = str(stop)
             save(last=True)

@@ -84,9 +84,23 @@ def start_processes(place: torch.device, timeout_seconds: float) -> Processes:
     if world_size > 1:
         timeout, on_cuda = datetime.timedelta(seconds=timeout_seconds), place.type == "cuda"
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-        dist.init_process_group(backend, timeout=timeout, device_id=place if on_cuda else None)
+        dist.init_process_group(backend, timeout=timeout, device_id=place if on_cuda else None, **_meeting(timeout))
         _LIVES_UNTIL_EXIT.append(dist.group.WORLD)
     return Processes(rank, local_rank, world_size, place)
+
+
+def _meeting(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Where the processes find each other: the store of torchrun, with a prefix of our own for each start of the job.
+
+    Since 2.13 torchrun keeps one store over its restarts, in which restarted processes would find dead addresses.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, _, world_size = environment_rank()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    start = f"start {os.environ['TORCHELASTIC_RESTART_COUNT']} of {world_size}"
+    return {"store": dist.PrefixStore(start, store), "rank": rank, "world_size": world_size}
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -464,7 +478,7 @@ def find_checkpoint(wanted: str, store: Store, verify: Callable[[Path], Any], pr
             problem = error
     step, failed = processes.sum_ints([found if processes.is_main else 0, problem is not None])
     if failed:
-        raise problem or RuntimeError("rank 0 found no good checkpoint, see its message")
+        raise problem or OSError("rank 0 found no good checkpoint, see its message")
     if wanted not in ("0", "1"):
         return Path(wanted)
     return store.path(step) if step >= 0 else None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -53,6 +54,15 @@ def export_model(
             _write_transformers(draft, model, state_dict, dtype)
         (draft / "README.md").write_text(card, encoding="utf-8")
         _publish(draft, directory)
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # libraries that are not Python have it in words only
+        number = error.errno if isinstance(error, OSError) else told and int(told[1])
+        if not number:
+            raise
+        needed = sum(tensor.numel() * dtype.itemsize for tensor in state_dict.values())
+        free = shutil.disk_usage(directory.parent).free
+        reason = f"{os.strerror(number)}: {directory}: {needed:,} bytes needed, {free:,} free"
+        raise OSError(number, reason) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

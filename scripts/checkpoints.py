@@ -24,13 +24,13 @@ from training.checkpoints import (
     CheckpointError,
     CheckpointStore,
     UnsafeCheckpointError,
-    lock_run,
     open_shards,
     read_manifest,
     read_trainer_state,
     verify,
 )
 from training.config import SHAPE_FLAGS, Config
+from training.lock import lock_run
 
 ASIDE = "aside-"
 VERSION = re.compile(r"(?:aside-)?step-\d{8,}")

@@ -167,11 +167,13 @@ def sha256(path: Path) -> str:
 
 def sign_again(checkpoint: Path) -> None:
     """Make the manifest say what the files of a checkpoint hold now."""
+    from training.checkpoints import digest_of
+
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     for entry in manifest["files"]:
         file = checkpoint / entry["name"]
         entry.update(size=file.stat().st_size, sha256=sha256(file))
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest_of(manifest)}))
 
 
 def result_of(save_dir: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from training.checkpoints import CheckpointError, CheckpointStore, refuse_changes, verify
+from training.lock import lock_run
 
 
 def blocks(step):
@@ -167,12 +168,8 @@ def test_what_lies_beyond_the_resumed_step_is_set_aside_and_never_crowds_out_the
 
 
 def test_a_directory_can_be_held_by_one_process_only(tmp_path):
-    from training.checkpoints import lock_run
-
     first = lock_run(tmp_path)
-    code = (
-        "import sys; from pathlib import Path; from training.checkpoints import lock_run; lock_run(Path(sys.argv[1]))"
-    )
+    code = "import sys; from pathlib import Path; from training.lock import lock_run; lock_run(Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tmp_path)]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert refused.returncode and f"process {os.getpid()} on" in refused.stderr

@@ -165,7 +165,7 @@ def test_the_last_good_version_is_never_pruned(run, capsys):
 
 
 def test_nothing_is_pruned_while_a_trainer_has_the_run(run):
-    code = "import sys, time; from pathlib import Path; from training.checkpoints import lock_run\n"
+    code = "import sys, time; from pathlib import Path; from training.lock import lock_run\n"
     code += "held = lock_run(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True) as trainer:
         assert trainer.stdout.readline() == "held\n"

@@ -213,11 +213,13 @@ def test_a_loss_that_is_not_finite_is_no_overflow_of_fp16(tmp_path, rows):
     assert "not finite 3 times in a row" in log_of(tmp_path / "run")
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_alike_and_the_old_one_stands(tmp_path, rows):
-    flags = {"data_path": str(rows), "max_steps": 4}
+def test_the_third_save_in_a_row_that_fails_ends_all_ranks_alike_and_the_old_checkpoints_stand(tmp_path, rows):
+    flags = {"data_path": str(rows), "max_steps": 8}
     codes = train(2, tmp_path / "run", wrap_objective=SmallFiles(call=5), **flags)
     assert codes == [74, 74], log_of(tmp_path / "run")
-    assert "could not be saved, older ones stand" in log_of(tmp_path / "run")
+    log = log_of(tmp_path / "run")
+    assert all(f"the checkpoint of step {step} could not be saved, older ones stand" in log for step in (4, 5, 6))
+    assert [r["step"] for r in records_of(tmp_path / "run", "train")] == [1, 2, 3, 4, 5, 6], "it goes on meanwhile"
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000001", "step-00000002", "step-00000003"]
     assert train(2, tmp_path / "run", from_resume="1", **flags) == [0, 0]
 

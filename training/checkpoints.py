@@ -9,28 +9,28 @@ first and takes the first whose files all hash to what the manifest says.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
-import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from training.shards import Block, ShardReader, bytes_of, write_shard
 
 logger = logging.getLogger("train")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 RUN_FILES = (
@@ -38,6 +38,7 @@ RUN_FILES = (
     "data_report.json", "environment.json", "control.json", "rejects.jsonl", "evaluation.json",
 )  # fmt: skip
 _STEP_NAME = re.compile(r"step-(\d{8,})")
+_LEFTOVER = re.compile(r"\.(tmp|trash)-step-\d{8,}")  # of a save, of a deletion that was cut short
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -66,6 +67,14 @@ def make_directory(path: Path) -> None:
         fsync_path(path.parent)
 
 
+def _remove(path: Path) -> None:
+    """Delete whatever has this name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON and force it to the disk; floats survive exactly (repr round-trips)."""
     with open(path, "w", encoding="utf-8") as file:
@@ -87,10 +96,20 @@ def sha256_of(path: Path) -> str:
 
 
 def write_manifest(directory: Path, step: int, files: list[dict[str, Any]], metrics: Mapping[str, float]) -> None:
-    """List {name, size, sha256} of every file, which are on the disk already; force manifest and directory to it."""
-    manifest = {"format_version": FORMAT_VERSION, "step": step, "metrics": dict(metrics), "files": files}
-    write_json(directory / MANIFEST, manifest)
+    """List {name, size, sha256} of every file, which are on the disk already; force manifest and directory to it.
+
+    A metric that is not finite has no place in JSON, and ranks no checkpoint.
+    """
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "metrics": finite, "files": files}
+    write_json(directory / MANIFEST, {**manifest, "sha256": digest_of(manifest)})
     fsync_path(directory)
+
+
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """sha256 of all that a manifest says besides it: nothing else vouches for the manifest itself."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -99,19 +118,26 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version, step = manifest["format_version"], manifest["step"]
-        names = [str(entry["name"]) for entry in manifest["files"] if (entry["size"], entry["sha256"])]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: unreadable ({error})") from None
+        names = [name for name, _, _ in [(e["name"], e["size"], e["sha256"]) for e in manifest["files"]]]
+        numbers = [step, *manifest["metrics"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: unreadable ({type(error).__name__}: {error})") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{file}: format {version}, this program reads {FORMAT_VERSION}")
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise CheckpointError(f"{file}: a step or metric is no number")
     if TRAINER_STATE not in names:
         raise CheckpointError(f"{file}: lists no {TRAINER_STATE}")
     match = _STEP_NAME.fullmatch(directory.name)
     if match and int(match[1]) != step:
         raise CheckpointError(f"{file}: is of step {step}, the directory says {int(match[1])}")
     for name in names:  # one with a separator could reach outside the directory
-        if not _FILE_NAME.fullmatch(name):
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
             raise UnsafeCheckpointError(f"{file}: lists the forbidden name {name!r}")
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"{file}: lists a name twice")
+    if manifest.get("sha256") != digest_of(manifest):
+        raise CheckpointError(f"{file}: content differs from what was written (sha256)")
     return manifest
 
 
@@ -125,12 +151,15 @@ def verify(directory: Path) -> dict[str, Any]:
 
     def check(entry: dict[str, Any]) -> None:
         path, size = directory / entry["name"], entry["size"]
-        if not path.is_file() or path.is_symlink():
-            raise CheckpointError(f"{path}: missing")
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, {size} were written")
-        if sha256_of(path) != entry["sha256"]:
-            raise CheckpointError(f"{path}: content differs from what was written (sha256)")
+        try:
+            if not path.is_file() or path.is_symlink():
+                raise CheckpointError(f"{path}: missing")
+            if path.stat().st_size != size:
+                raise CheckpointError(f"{path}: {path.stat().st_size} bytes, {size} were written")
+            if sha256_of(path) != entry["sha256"]:
+                raise CheckpointError(f"{path}: content differs from what was written (sha256)")
+        except OSError as error:  # a disk that goes bad says so, where it does not give other bytes
+            raise CheckpointError(f"{path}: unreadable ({error.strerror})") from None
 
     with ThreadPoolExecutor() as threads:  # hashing does not hold the interpreter's lock
         for _ in threads.map(check, manifest["files"]):
@@ -152,7 +181,8 @@ class CheckpointStore:
         """Steps of the published checkpoints, oldest first; other names in the directory are not ours."""
         if not self.directory.is_dir():
             return []
-        matches = [_STEP_NAME.fullmatch(path.name) for path in self.directory.iterdir() if path.is_dir()]
+        own = [path for path in self.directory.iterdir() if path.is_dir() and not path.is_symlink()]
+        matches = [_STEP_NAME.fullmatch(path.name) for path in own]
         return sorted(int(match[1]) for match in matches if match)
 
     def path(self, step: int) -> Path:
@@ -167,22 +197,21 @@ class CheckpointStore:
         It must not count among the newest ones, or it would be kept and the new ones deleted.
         """
         for newer in [s for s in self.steps() if s > step]:
-            aside = self.directory / f"aside-{self.path(newer).name}"
-            if aside.exists():
-                shutil.rmtree(aside)
-            os.rename(self.path(newer), aside)
+            aside = self._set_aside(newer)
             warn(f"the run goes on from step {step}: {self.path(newer).name} is set aside as {aside}")
         if self.directory.is_dir():
             fsync_path(self.directory)
 
     def begin(self, step: int, needed_bytes: int = 0) -> None:
         """Make an empty directory to write into, where the final one will be. Raises OSError where there is no room."""
-        make_directory(self.directory)
-        for leftover in self.directory.glob(".t*-step-*"):  # .tmp- of a save, .trash- of a deletion that was cut short
-            shutil.rmtree(leftover)
-        if needed_bytes > shutil.disk_usage(self.directory).free:
-            raise OSError(errno.ENOSPC, self._room(needed_bytes))
-        self.temporary(step).mkdir()
+        with self._explained(needed_bytes):
+            make_directory(self.directory)
+            for leftover in self.directory.iterdir():
+                if _LEFTOVER.fullmatch(leftover.name):
+                    _remove(leftover)
+            if needed_bytes > shutil.disk_usage(self.directory).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.temporary(step).mkdir()
 
     def write_part(
         self, step: int, rank: int, ranks: int, shards: Mapping[str, Mapping[str, Block]], state: Any = None
@@ -191,8 +220,8 @@ class CheckpointStore:
 
         Raises OSError with the place and the bytes needed and free.
         """
-        directory, needed = self.temporary(step), sum(map(bytes_of, shards.values()))
-        try:
+        directory = self.temporary(step)
+        with self._explained(sum(map(bytes_of, shards.values()))):
             files = [
                 write_shard(directory / f"{kind}-{rank + 1:05d}-of-{ranks:05d}.safetensors", blocks)
                 for kind, blocks in shards.items()
@@ -204,8 +233,6 @@ class CheckpointStore:
             draft = directory / f".part-{rank}.draft"
             write_json(draft, files)
             os.replace(draft, directory / f".part-{rank}")
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}: {self._room(needed)}") from error
 
     def write(self, step: int, rank: int, ranks: int, shards: Any, state: Any, metrics: Any) -> Flight:
         """Write this rank's part in the background; on rank 0 also publish when all parts are there."""
@@ -220,11 +247,18 @@ class CheckpointStore:
         draft, final = self.temporary(step), self.path(step)
         parts = [draft / f".part-{rank}" for rank in range(ranks)]
         files = [entry for part in parts for entry in json.loads(part.read_text(encoding="utf-8"))]
-        for part in parts:
-            part.unlink()
-        write_manifest(draft, step, files, metrics or {})
-        os.rename(draft, final)
-        fsync_path(self.directory)
+        with self._explained(sum(entry["size"] for entry in files)):
+            for part in parts:
+                part.unlink()
+            write_manifest(draft, step, files, metrics or {})
+            if os.path.lexists(final):
+                logger.warning("%s is in the way and set aside as %s", final, self._set_aside(step))
+            os.rename(draft, final)
+            try:
+                fsync_path(self.directory)
+            except OSError:  # what has failed must not look like what has not
+                os.rename(final, draft)
+                raise
         try:
             for old in self.retired():
                 self.delete(old)
@@ -265,6 +299,12 @@ class CheckpointStore:
         fsync_path(self.directory)
         shutil.rmtree(trash)
 
+    def _set_aside(self, step: int) -> Path:
+        aside = self.directory / f"aside-{self.path(step).name}"
+        _remove(aside)
+        os.rename(self.path(step), aside)
+        return aside
+
     def newest_verified(self, warn: Callable[[str], None]) -> int | None:
         """Step of the newest whole checkpoint, None where there is none; CheckpointError where all of them are bad."""
         problems = []
@@ -280,12 +320,18 @@ class CheckpointStore:
             raise type(problems[0])(said)
         return None
 
-    def _room(self, needed: int) -> str:
+    @contextlib.contextmanager
+    def _explained(self, needed: int) -> Iterator[None]:
+        """Let an OSError of this block say where it happened, and the bytes needed and free."""
         try:
-            free = f"{shutil.disk_usage(self.directory).free:,}"
+            yield
         except OSError as error:
-            free = f"unknown ({error.strerror})"
-        return f"{self.directory}: {needed:,} bytes needed, {free} free"
+            try:
+                free = f"{shutil.disk_usage(self.directory).free:,}"
+            except OSError as unknown:
+                free = f"unknown ({unknown.strerror})"
+            where = error.filename or self.directory
+            raise OSError(error.errno, f"{error.strerror}: {where}: {needed:,} bytes needed, {free} free") from error
 
 
 class Flight:
@@ -329,7 +375,8 @@ def check_run_directory(save_dir: Path, from_resume: str, continues: bool, overw
 
     Raises ValueError naming the ways out. Nothing is deleted here: `clear_run` does so once the run is sure to start.
     """
-    if from_resume not in ("0", "1") and not (Path(from_resume) / MANIFEST).is_file():
+    traces = [Path(from_resume) / name for name in (MANIFEST, TRAINER_STATE)]  # with one of them it is a damaged one
+    if from_resume not in ("0", "1") and not any(path.is_file() for path in traces):
         inside = CheckpointStore(Path(from_resume) / "checkpoints")
         newest = f"; the newest of that run is {inside.path(inside.steps()[-1])}" if inside.steps() else ""
         raise ValueError(f"--from_resume {from_resume} is no checkpoint{newest}")
@@ -349,33 +396,7 @@ def check_run_directory(save_dir: Path, from_resume: str, continues: bool, overw
 def clear_run(save_dir: Path) -> None:
     """Delete what a run has written; other files in the directory stay."""
     for name in RUN_FILES:
-        path = save_dir / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def lock_run(save_dir: Path) -> IO[str]:
-    """Hold the directory for this process until it ends; ValueError naming the process that has it already.
-
-    A POSIX lock: the system gives it up when the process dies, however it dies, and forked workers do not inherit it.
-    """
-    save_dir.mkdir(parents=True, exist_ok=True)
-    file = open(save_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closing it would give the lock up
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip()
-        file.close()
-        raise ValueError(
-            f"--save_dir {save_dir} is being trained by {holder}: wait for it, or choose another"
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+        _remove(save_dir / name)
 
 
 def read_trainer_state(directory: Path) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class MetricsLog:
         self.path = path
         self.sinks: list[Sink] = []
         self._waiting = b""  # lines that the disk had no room for
+        self._end: int | None = None  # where they belong in the file, behind which there may be a part of them
 
     def follow(self, make_sink: Callable[[], Sink]) -> None:
         """Add a sink; one that cannot even start is reported and left out."""
@@ -92,17 +93,19 @@ class MetricsLog:
         first_trouble, self._waiting = not self._waiting, self._waiting + line
         try:
             with open(self.path, "ab", buffering=0) as file:
-                end = file.tell()
-                written = file.write(self._waiting)
-                if written < len(self._waiting):  # half a line would spoil the next one
-                    file.truncate(end)
+                self._end = file.tell() if self._end is None else self._end
+                file.truncate(self._end)
+                if file.write(self._waiting) < len(self._waiting):
+                    file.truncate(self._end)  # half a line would spoil the next one
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._waiting = b""
+            self._waiting, self._end = b"", None
         except OSError as error:
             if first_trouble:
                 logger.warning("%s cannot be written, its records wait in memory: %s", self.path, error.strerror)
 
     def close(self) -> None:
+        if self._waiting:
+            self._append(b"")
         for sink in list(self.sinks):
             self._guarded(sink, sink.close)
 

@@ -102,8 +102,12 @@ class ShardReader:
                 raise OSError(f"{path} is damaged: {error}") from None
 
     def read(self, name: str, target: Tensor, offsets: Offsets) -> None:
-        """Fill `target` with the block of tensor `name` that begins at `offsets`; ValueError if files lack it."""
+        """Fill `target` with the block of tensor `name` that begins at `offsets`.
+
+        Raises ValueError where the files lack a part of it or hold one twice: the count alone would not tell.
+        """
         filled = 0
+        met: list[list[tuple[int, int]]] = []
         for file, begin in self._blocks.get(name, []):
             source = file.get_slice(name)
             sizes = source.get_shape()
@@ -111,6 +115,11 @@ class ShardReader:
             high = [min(a + n, b + m) for a, n, b, m in zip(offsets, target.shape, begin, sizes, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
+            box = list(zip(low, high, strict=True))
+            for other in met:
+                if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, other, strict=True)):
+                    raise ValueError(f"{name}: two files hold the same values")
+            met.append(box)
             here = tuple(slice(a - at, b - at) for a, b, at in zip(low, high, begin, strict=True))
             there = tuple(slice(a - at, b - at) for a, b, at in zip(low, high, offsets, strict=True))
             part = source[here] if here else file.get_tensor(name)

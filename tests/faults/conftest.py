@@ -1,0 +1,3 @@
+"""What several files of these tests ask for."""
+
+from tests.faults.strace import strace  # noqa: F401 - a fixture
