@@ -18,8 +18,8 @@ from dataset.files import read_rows
 from dataset.layouts import LAYOUTS
 from dataset.reader import BAD_ROWS, OVERLONG, DataError, UnsafeDataError
 from model.trust import UnsafeModelError
-from training.checkpoints import replace_json
 from training.config import Config
+from training.files import replace_json
 from training.metrics import strict
 
 ROW_TOKENS = 4096  # of a row when the loss is measured, unless one sample is longer

@@ -45,7 +45,11 @@ PATHS = [
 ]
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: " ".join(f"{world}x{name}" for world, name, _ in path))
+@pytest.mark.parametrize(
+    "path",
+    [*PATHS[1:3], *(pytest.param(path, marks=pytest.mark.slow) for path in (PATHS[0], PATHS[3]))],
+    ids=lambda path: " ".join(f"{world}x{name}" for world, name, _ in path),
+)
 def test_weights_are_those_of_the_uninterrupted_run(tmp_path, rows, path):
     """To 1e-12 in float64: the rows of each step, their order and the learning rates never change."""
     flags = {"data_path": str(rows), "dropout": 0.0, "global_batch_size": 4, "save_interval": "2", "epochs": 3}

@@ -107,7 +107,7 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on(tmp_path, job,
     number = environment["SLURM_JOB_ID"]
     assert calls(tmp_path)[-2:] == [f"scancel --signal=TERM {number}", f"scontrol requeue {number}"], log_of(tmp_path)
     stopped = state(tmp_path)
-    assert stopped["status"] == "stopped" and stopped["exit_reason"] == "stopped by a signal"
+    assert stopped["status"] == "stopped" and stopped["exit_reason"] == "SIGTERM or SIGHUP"
     newest = checkpoints(tmp_path)[-1]
     assert newest == f"step-{stopped['step']:08d}", "the last step is saved"
 

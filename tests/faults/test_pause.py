@@ -68,7 +68,9 @@ def test_a_pause_of_three_times_the_time_limit_changes_no_bit(tmp_path, rows, wo
     assert max(r["train/seconds_per_step"] for r in times if r["kind"] == "train") < limit, "a pause is no slow step"
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, "stop"])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, "stop"))]
+)
 def test_what_ends_a_paused_run_loses_nothing(tmp_path, rows, how):
     flags = {"data_path": rows, "epochs": 40, "save_interval": "5000", "log_interval": "1"}
     assert train(2, tmp_path / "whole", **{**flags, "data_path": str(rows)}) == [0, 0]

@@ -184,7 +184,7 @@ def test_a_second_signal_ends_at_once(tmp_path, rows):
     assert codes == [-signal.SIGTERM] and time.monotonic() - started < 20
 
 
-@pytest.mark.parametrize("seconds", [0.3, 1.5, 3.0])
+@pytest.mark.parametrize("seconds", [1.5, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.3, 3.0, 5.0))])
 def test_before_the_first_step_a_signal_ends_the_program_and_leaves_nothing_behind(tmp_path, rows, seconds):
     """While it imports, reads data, or builds the model."""
     big = write_rows(tmp_path / "big.jsonl", count=6000)
