@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 from dataset.chat import show
 from dataset.ledger import report_lines
-from dataset.load import DataRequest, fetch_windows, load_rows, make_loader, write_rejects
+from dataset.load import DataRequest, batches_of, fetch_windows, load_rows, make_loader, write_rejects
 from dataset.prepare import DataOptions
 from dataset.reader import DataError, UnsafeDataError
 from dataset.rows import FILLER, PackedRows, collate
@@ -280,7 +280,7 @@ def validate(learner: Learner, loader: DataLoader, wishes: Wishes) -> dict[str, 
     """
     model, sums = unwrap(learner.model), Sums()
     model.eval()
-    for batch in loader:
+    for batch in batches_of(loader):
         wishes.stop_if_wished(learner.processes.sum_ints(wishes.look()))
         batch = to_device(batch, learner.processes.device)
         with learner.autocast():
@@ -298,6 +298,8 @@ def validate(learner: Learner, loader: DataLoader, wishes: Wishes) -> dict[str, 
 def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     """Train as `config` says and return a summary; `objective` replaces the cross entropy of supervised tokens."""
     save_dir, started = Path(config.save_dir), time.monotonic()
+    if config.restarted and config.from_resume not in ("0", "1"):  # that path was where the job began
+        config = replace(config, from_resume="1")
     rank, local_rank, world_size = environment_rank()
     setup_logging(rank)
 
@@ -330,6 +332,8 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     measure = objective or make_sft_objective()
     objective = objective or make_sft_objective(config.label_smoothing)
     filler = to_device(collate([data.train[FILLER]]), device)
+    if config.strategy == "fsdp" and not sharded:
+        logger.warning("--strategy fsdp: one process alone has nothing to share, the model stays whole")
     strategy = Strategy(config.strategy, config.shard_size, config.cpu_offload, dtype)
     model = (model if sharded else model.to(device)).train()
     parallel = parallelize(model, processes, strategy, zero_loss=lambda wrapped: objective(wrapped, filler)["ce"])
@@ -357,6 +361,8 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     plan = make_plan(config, data.train.rows_of, window_rows, state)
     data.report["train"]["steps_per_epoch"] = plan.steps_of(0)
     identity = {**data.identity, **identity_of(config, dtype_name, window_rows, describe_model(model))}
+    processes.agree_on("data or flags", identity, config.batch_size, state.step, plan.total_steps, config.save_interval,
+                       config.log_interval, config.eval_interval, config.strategy)  # fmt: skip
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
         if config.continues and state.step >= plan.total_steps and (save_dir / "final").exists():
@@ -429,24 +435,27 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     # 8. Epochs
     reason = None
     hooks = Hooks(save, evaluate, checkpointer.finish, checkpointer.has_failed)
-    with records.running(state, plan), watchdog, SignalFlags() as signals:
+    with records.running(state, plan), SignalFlags() as signals:
         control = ControlFile(save_dir / "control.json") if processes.is_main else None
         wishes = Wishes(signals, control, config.max_hours and started + 3600 * config.max_hours)
-        try:
-            if config.eval_at_start and state.step == 0:
-                evaluate()
-            if state.unfinished:
-                finish_step(learner, state, plan, records, hooks, Meter())
-            for epoch in itertools.count(state.epoch):
-                if state.step >= plan.total_steps:
-                    break
-                data.train.set_epoch(epoch)
-                batches.skip_batches = sampler.begin(epoch, len(data.train), state.rows) * micro_batches
-                train_epoch(learner, loader, micro_batches, state, plan, records, wishes, hooks)
-            save(last=True)  # the one that failed in the last step would be the result
-        except Stopped as stop:
-            reason = str(stop)
-            save(last=True)
+        with watchdog:
+            try:
+                if config.eval_at_start and state.step == 0:
+                    evaluate()
+                if state.unfinished:
+                    finish_step(learner, state, plan, records, hooks, Meter())
+                for epoch in itertools.count(state.epoch):
+                    if state.step >= plan.total_steps:
+                        break
+                    data.train.set_epoch(epoch)
+                    batches.skip_batches = sampler.begin(epoch, len(data.train), state.rows) * micro_batches
+                    train_epoch(learner, loader, micro_batches, state, plan, records, wishes, hooks)
+            except Stopped as stop:
+                reason = str(stop)
+            except NonFiniteError:
+                checkpointer.finish()  # raised on all ranks alike, and what is on its way is good
+                raise
+            save(last=True)  # also the one that failed in the last step would be the result
 
         # 9. Close
         if reason:
@@ -462,7 +471,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         records.close("stopped" if reason else "completed", reason or "all steps done")
     close_processes(processes)
     del lock  # held until here
-    status = "completed" if not reason else "preempted" if reason in PREEMPTED else "stopped"
+    status = "completed" if not reason else "preempted" if reason == PREEMPTED else "stopped"
     return {"status": status, "step": state.step, **records.last_eval}
 
 

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ class Processes:
     def from_main(self, value: int) -> int:
         """The number that rank 0 has."""
         return self.sum_ints([value if self.is_main else 0])[0]
+
+    def agree_on(self, what: str, *values: Any) -> None:
+        """Raise ValueError on all ranks where one of them has other values than the others."""
+        own = derived_seed(repr(values)) >> 32  # small enough to be added up
+        if self.any(self.sum_ints([own])[0] != own * self.world_size):
+            raise ValueError(f"the processes differ in {what}; here it is: {', '.join(map(str, values))}")
 
     def any(self, value: bool) -> bool:
         """Whether it is so on some rank."""
@@ -364,6 +371,9 @@ def blocks_to_write(tensors: Mapping[str, Tensor], processes: Processes, copy: b
     return blocks
 
 
+LAST_TRIES_AFTER_SECONDS = (1, 5)
+
+
 class Checkpointer:
     """Makes the checkpoints of one run, each with the loop's state and the run's constants, and none twice.
 
@@ -391,7 +401,10 @@ class Checkpointer:
         self.store, self.model, self.optimizer, self.scaler = store, model, optimizer, scaler
         self.state, self.constants, self.processes, self.report = state, constants, processes, report
         self.in_background, self.beat = in_background, beat
-        self.saved_step, self.failures = state.step, 0
+        # A run that branches off another one has no checkpoint of its own yet; before the first step none is made.
+        has_own = processes.from_main(int(store.path(state.step).is_dir()))
+        self.saved_step = state.step if has_own or state.step == 0 else -1
+        self.failures = 0
         self.flight: Any = None
 
     def save(self, metrics: Mapping[str, float], last: bool = False) -> None:
@@ -406,9 +419,13 @@ class Checkpointer:
                 self.finish()
             if not last:
                 return
+            if self.failures:
+                self._wait(LAST_TRIES_AFTER_SECONDS[self.failures - 1])
 
     def _start(self, metrics: Mapping[str, float]) -> None:
         step, processes = self.state.step, self.processes
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # validation leaves the outermost unit whole, and the optimizer knows its shards
         moving = {"loop": self.state.to_dict(processes.sum_ints), "scaler": self.scaler.state_dict()}
         tensors = {
             "model": named_weights(self.model), "optimizer": named_optimizer_state(self.model, self.optimizer)
@@ -427,6 +444,12 @@ class Checkpointer:
             return
         state = {**moving, **self.constants} if processes.is_main else None
         self.flight = self.store.write(step, processes.rank, processes.world_size, shards, state, metrics)
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.beat()
+            time.sleep(0.1)
 
     def has_failed(self) -> bool:
         """Whether this rank knows of a failure that the others may not know of yet; takes no exchange."""
@@ -459,24 +482,34 @@ class Checkpointer:
         message = f"the checkpoint of step {step} could not be saved, older ones stand: {reason}"
         self.report(step, "checkpoint_failed", reason=str(reason))
         if self.failures >= self.MAX_FAILURES:
-            raise OSError(f"{message}; that was the {self.failures}rd time in a row")
+            raise OSError(f"{message}; {self.failures} times in a row")
         if problem is not None:
             logger.warning("%s; it is tried again, time %d of %d", message, self.failures, self.MAX_FAILURES)
 
 
 def find_checkpoint(wanted: str, store: Store, verify: Callable[[Path], Any], processes: Processes) -> Path | None:
     """The checkpoint to continue from: `wanted` is a path, else the newest good one. Rank 0 verifies it for all."""
-    found, problem = -1, None
-    if processes.is_main:
+    found: list[int] = []
+    problem: Exception | None = None
+
+    def look() -> None:
+        nonlocal problem
         try:
             if wanted in ("0", "1"):
                 newest = store.newest_verified(warn=logger.warning)
-                found = -1 if newest is None else newest
+                found.append(-1 if newest is None else newest)
             else:
                 verify(Path(wanted))
+                found.append(-1)
         except Exception as error:  # the others wait to hear of it
             problem = error
-    step, failed = processes.sum_ints([found if processes.is_main else 0, problem is not None])
+
+    thread = threading.Thread(target=look, daemon=True)  # hashing may take longer than an exchange may wait
+    if processes.is_main:
+        thread.start()
+    while processes.any(thread.is_alive()):
+        time.sleep(0.02)
+    step, failed = processes.sum_ints([found[0] if found else 0, problem is not None])
     if failed:
         raise problem or OSError("rank 0 found no good checkpoint, see its message")
     if wanted not in ("0", "1"):

@@ -160,16 +160,29 @@ def make_loader(
     )
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def batches_of(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The batches of a loader, whose workers start here and never hear a signal, not even in their first moments."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_parent(_worker: int) -> None:
     """A stop signal often goes to the whole process group; the batches of the last step are still needed then."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def fetch_windows(loader: DataLoader, micro_batches: int) -> Iterator[tuple[list[dict[str, Any]], Exception | None]]:
     """The micro-batches of one step at a time, or what went wrong: all ranks hear of it before one of them raises."""
     try:
-        batches = iter(loader)
+        batches = batches_of(loader)
         while window := list(itertools.islice(batches, micro_batches)):
             yield window, None
     except Exception as problem:

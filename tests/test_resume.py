@@ -251,3 +251,30 @@ def test_the_real_torchrun_is_killed_and_resumed(tmp_path, rows):
     assert cut == whole
     state = json.loads((tmp_path / "cut" / "state.json").read_text())
     assert state["status"] == "completed" and state["step"] == state["total_steps"]
+
+
+def test_a_branch_from_a_finished_run_has_all_its_weights(tmp_path, rows):
+    flags = {"data_path": str(rows), "epochs": 1}
+    assert train(1, tmp_path / "run", **flags) == [0]
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert train(1, tmp_path / "branch", from_resume=str(newest), **flags) == [0], log_of(tmp_path / "branch")
+    assert result_of(tmp_path / "branch")["final"] == result_of(tmp_path / "run")["final"]
+    assert (tmp_path / "branch" / "checkpoints" / newest.name).is_dir()
+
+
+class OtherSeed:
+    """Rank 1 is started with another seed, as on a node whose command line was changed."""
+
+    def __call__(self, objective, rank):
+        import train_full_sft
+
+        if rank == 1:
+            original = train_full_sft.identity_of
+            train_full_sft.identity_of = lambda *args: {**original(*args), "seed": 99}
+        return objective
+
+
+def test_ranks_that_differ_in_data_or_flags_are_refused(tmp_path, rows):
+    codes = train(2, tmp_path / "run", data_path=str(rows), wrap_objective=OtherSeed())
+    assert 2 in codes and 0 not in codes
+    assert "the processes differ in data or flags" in log_of(tmp_path / "run", 0) + log_of(tmp_path / "run", 1)

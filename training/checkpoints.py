@@ -331,7 +331,10 @@ class Flight:
 
 def open_shards(directory: Path, kind: str) -> ShardReader:
     """The tensors of one kind, `model` or `optimizer`, in a verified checkpoint."""
-    return ShardReader(sorted(directory.glob(f"{kind}-*-of-*.safetensors")))
+    files = sorted(directory.glob(f"{kind}-*-of-*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{directory}: holds no {kind} files")
+    return ShardReader(files)
 
 
 def check_run_directory(save_dir: Path, from_resume: str, continues: bool, overwrite: bool) -> None:

@@ -189,6 +189,12 @@ class Config:
         return self.from_resume != "0" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
     @property
+    def restarted(self) -> bool:
+        """Whether torchrun has started this process anew in a job that already has checkpoints of its own."""
+        own = Path(self.save_dir) / "checkpoints"
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and any(own.glob("step-*"))
+
+    @property
     def continues(self) -> bool:
         """Whether the run in --save_dir goes on; from a checkpoint that lies elsewhere a new run branches off."""
         own = Path(self.save_dir).resolve() / "checkpoints"

@@ -22,9 +22,10 @@ PAUSE, RESUME, SAVE, STOP = COMMANDS = ("pause", "resume", "save", "stop")
 MAX_BYTES = 4096
 ECHO_SECONDS = 0.3  # a launcher and the terminal may both pass the same stop on
 PAUSE_SECONDS = 0.5  # between two looks of a paused run
-# Why a run stops early, in the order of precedence; those that mean to go on elsewhere are preempted.
-STOP_REASONS = ("Ctrl-C", "a stop command", "SIGTERM or SIGHUP", "--max_hours")
-PREEMPTED = STOP_REASONS[2:]
+# Why a run stops early, in the order of precedence. Only one of them comes unasked: after the others a launcher that
+# restarts what has failed must see no failure.
+PREEMPTED = "SIGTERM or SIGHUP"
+STOP_REASONS = ("Ctrl-C", "a stop command", PREEMPTED, "--max_hours")
 
 
 class Stopped(Exception):
@@ -102,9 +103,10 @@ class Wishes:
     """What this rank would have the run do; only rank 0 has a control file and a time limit."""
 
     def __init__(self, signals: SignalFlags, control: ControlFile | None, stop_at: float | None = None):
-        """`stop_at`: value of time.monotonic() from which on the run must end."""
+        """`stop_at`: value of time.monotonic() at which the run must have ended."""
         self.signals, self.control, self.stop_at = signals, control, stop_at
         self._pause = self._save = self._stop = False
+        self._looked, self._longest = time.monotonic(), 0.0
 
     def look(self) -> list[int]:
         """One number for each of STOP_REASONS, then pause and save; the sums over ranks go to `obey`."""
@@ -114,7 +116,11 @@ class Wishes:
         self._save |= asked or command == SAVE
         self._stop |= command == STOP
         interrupted = self.signals.stop == signal.SIGINT
-        late = self.stop_at is not None and time.monotonic() >= self.stop_at
+        # What has come between two looks so far, a step and perhaps a checkpoint, may come once more.
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._looked)
+        self._looked = now
+        late = self.stop_at is not None and now + self._longest >= self.stop_at
         wishes = [interrupted, self._stop, bool(self.signals.stop) and not interrupted, late]
         return [int(wish) for wish in (*wishes, self._pause, self._save)]
 

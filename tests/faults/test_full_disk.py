@@ -113,7 +113,7 @@ def test_three_saves_that_fail_in_a_row_end_the_run(tmp_path, strace, in_backgro
             while "gave_up" not in answers[-1]:
                 answers.append(training.step())
         assert [answer["failures"] for answer in answers[:-1]] == ([0, 1, 2] if in_background else [1, 2])
-        assert "the 3rd time in a row" in answers[-1]["gave_up"]
+        assert "3 times in a row" in answers[-1]["gave_up"]
         assert_names_place_and_bytes([answers[-1]["gave_up"]], directory)
         assert training.store.newest_verified(pytest.fail) == 1
 
