@@ -357,8 +357,8 @@ def blocks_to_write(tensors: Mapping[str, Tensor], processes: Processes, copy: b
     blocks, loads = {}, [0] * processes.world_size
     for number, (name, tensor) in enumerate(sorted(tensors.items())):  # whatever order they came in
         if isinstance(tensor, DTensor):
-            copies, mine = (tensor.device_mesh.size(0), tensor.device_mesh.get_local_rank(0))
-            if tensor.device_mesh.ndim == 2 and number % copies != mine:
+            mesh = tensor.device_mesh
+            if mesh.ndim == 2 and number % mesh.size(0) != mesh.get_local_rank(0):  # another copy of it writes
                 continue
         else:
             writer = loads.index(min(loads))
@@ -489,18 +489,16 @@ class Checkpointer:
 
 def find_checkpoint(wanted: str, store: Store, verify: Callable[[Path], Any], processes: Processes) -> Path | None:
     """The checkpoint to continue from: `wanted` is a path, else the newest good one. Rank 0 verifies it for all."""
-    found: list[int] = []
+    newest: int | None = None
     problem: Exception | None = None
 
     def look() -> None:
-        nonlocal problem
+        nonlocal newest, problem
         try:
             if wanted in ("0", "1"):
                 newest = store.newest_verified(warn=logger.warning)
-                found.append(-1 if newest is None else newest)
             else:
                 verify(Path(wanted))
-                found.append(-1)
         except Exception as error:  # the others wait to hear of it
             problem = error
 
@@ -509,7 +507,8 @@ def find_checkpoint(wanted: str, store: Store, verify: Callable[[Path], Any], pr
         thread.start()
     while processes.any(thread.is_alive()):
         time.sleep(0.02)
-    step, failed = processes.sum_ints([found[0] if found else 0, problem is not None])
+    step = processes.from_main(-1 if newest is None else newest)
+    failed = processes.any(problem is not None)
     if failed:
         raise problem or OSError("rank 0 found no good checkpoint, see its message")
     if wanted not in ("0", "1"):

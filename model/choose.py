@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.decoder import Decoder, DecoderConfig
-from model.loading import build_model, check_isolation, fill_from_files, load_model, load_skeleton
+from model.loading import build_model, build_skeleton, check_isolation, fill_from_files, load_model, load_skeleton
 from model.parts import PartOf
 from model.trust import UnsafeModelError, refuse_unsafe_tokenizer
 
@@ -60,10 +60,7 @@ def choose_model(
     """
     if from_weight == NEW:
         config = DecoderConfig(vocab_size=vocab_size, dropout=dropout, **shape)
-        if not empty:
-            return build_model(config, seed)
-        with torch.device("meta"):
-            return Decoder(config)
+        return build_skeleton(config) if empty else build_model(config, seed)
     model = load_skeleton(from_weight, dropout) if empty else load_model(from_weight, dropout)
     if dropout and not isinstance(model, Decoder):
         raise ValueError(

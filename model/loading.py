@@ -26,6 +26,12 @@ NOT_PACKABLE = "this family cannot be packed yet"
 PROBE_TOKENS = 7  # of each of the two documents that a loaded model is tried on
 
 
+def build_skeleton(config: DecoderConfig) -> Decoder:
+    """A decoder on the meta device, without memory for its weights."""
+    with torch.device("meta"):
+        return Decoder(config)
+
+
 def build_model(config: DecoderConfig, seed: int) -> Decoder:
     """A float32 decoder on the CPU whose weights depend on the configuration and the seed alone."""
     decoder = Decoder(config)
@@ -52,9 +58,7 @@ def load_model(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalL
 def load_skeleton(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalLM":
     """The model of `load_model` without memory for its weights; once it has some, `fill_from_files` sets them."""
     if is_builtin_directory(source):
-        config = _decoder_config_in(source, dropout)
-        with torch.device("meta"):
-            return Decoder(config)
+        return build_skeleton(_decoder_config_in(source, dropout))
     return HFCausalLM.skeleton(source)
 
 
@@ -116,6 +120,13 @@ def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: 
 
     Raises ValueError where the files are damaged or do not fit the model, naming the first differences.
     """
+
+    def put(values: Any, tensor: Tensor) -> None:
+        """The part that is held here of the values, a tensor or a slice of a file."""
+        part, begin = part_of(tensor)
+        with torch.no_grad():
+            part.copy_(values[block(part, begin)])
+
     wanted = _wanted_tensors(model)
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
     missing, wrong = dict(wanted), []
@@ -133,17 +144,13 @@ def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: 
                 elif tensor.is_floating_point() and dtype not in FLOATS:
                     wrong.append(f"{name} holds {dtype}, not one of {', '.join(FLOATS)}")
                 else:
-                    part, begin = part_of(tensor)
-                    with torch.no_grad():
-                        part.copy_(stored.get_slice(name)[block(part, begin)] if shape else stored.get_tensor(name))
+                    put(stored.get_slice(name) if shape else stored.get_tensor(name), tensor)
     wrong += [f"{name} is missing" for name in missing]
     if wrong and isinstance(model, HFCausalLM):  # the family stores its weights otherwise than it holds them
         logger.warning("the weights of %s have to be converted: every process holds a full copy for a moment", source)
         converted = HFCausalLM.from_pretrained(source).inner.state_dict()
         for name, tensor in wanted.items():
-            part, begin = part_of(tensor)
-            with torch.no_grad():
-                part.copy_(converted[name][block(part, begin)])
+            put(converted[name], tensor)
     elif wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"the weights in {source} do not fit its config.json: {'; '.join(wrong[:5])}{more}")

@@ -102,10 +102,10 @@ class Bench:
         return self.train(self.work / f"whole-{strategy}", self.processes, strategy=strategy)
 
 
-def write_rows(path: Path, count: int = 36) -> Path:
+def write_rows(path: Path, count: int = 36, seed: int = 0) -> Path:
     """Conversations whose answers differ much in length, so that a mean of means would show."""
     words = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "tree", "river", "stone"]
-    numbers = random.Random(0)
+    numbers = random.Random(seed)
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
             answer = " ".join(numbers.choices(words, k=numbers.choice((1, 2, 3, 12, 20))))

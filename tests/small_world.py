@@ -7,7 +7,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import socket
@@ -29,15 +28,10 @@ TINY = {
 
 
 def write_rows(path: Path, count: int = 24, seed: int = 0) -> Path:
-    """Conversations whose answers differ much in length, so that a mean of means would show."""
-    rng = random.Random(seed)
-    words = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "tree", "river", "stone"]
-    with open(path, "w", encoding="utf-8") as file:
-        for i in range(count):
-            answer = " ".join(rng.choices(words, k=rng.choice((1, 2, 3, 12, 20))))
-            messages = [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
+    """The conversations of scripts.verify, fewer of them."""
+    from scripts.verify import write_rows as write
+
+    return write(path, count, seed)
 
 
 def free_port() -> int:
@@ -174,6 +168,12 @@ def sign_again(checkpoint: Path) -> None:
         file = checkpoint / entry["name"]
         entry.update(size=file.stat().st_size, sha256=sha256(file))
     (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest_of(manifest)}))
+
+
+def without_events(save_dir: Path) -> dict[str, Any]:
+    """`result_of` a run that was stopped or killed: one checkpoint more, or one that was made but not yet recorded."""
+    result = result_of(save_dir)
+    return {**result, "records": [record for record in result["records"] if record["kind"] != "event"]}
 
 
 def result_of(save_dir: Path) -> dict[str, Any]:

@@ -12,13 +12,8 @@ from safetensors.torch import load_file
 
 from model.choose import OWN_TOKENIZER
 from scripts.checkpoints import main
-from tests.small_world import log_of, resume_from, sha256, sign_again, train, write_rows
+from tests.small_world import log_of, resume_from, sha256, sign_again, train
 from tests.test_export import foreign
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -186,13 +186,13 @@ class Config:
     @property
     def resumes(self) -> bool:
         """Whether to look for a checkpoint: asked for, or this process was restarted by torchrun."""
-        return self.from_resume != "0" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        return self.from_resume != "0" or _restarts() > 0
 
     @property
     def restarted(self) -> bool:
         """Whether torchrun has started this process anew in a job that already has checkpoints of its own."""
         own = Path(self.save_dir) / "checkpoints"
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and any(own.glob("step-*"))
+        return _restarts() > 0 and any(own.glob("step-*"))
 
     @property
     def continues(self) -> bool:
@@ -228,6 +228,11 @@ class Config:
         import yaml
 
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def _restarts() -> int:
+    """How often torchrun has restarted this job."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _types() -> dict[str, tuple[type, bool]]:

@@ -10,11 +10,6 @@ from tests.small_world import log_of, result_of, resume_from, train, write_rows
 from tests.test_order import Witness, samples_seen
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
 class InFloat64:
     """The run computes in float64, in which a difference of 1e-12 is none of rounding."""
 

@@ -8,14 +8,9 @@ import time
 import pytest
 
 from tests.faults.launched import Launched
-from tests.small_world import log_of, train, write_rows
+from tests.small_world import log_of, train
 
 ENDLESS = {"epochs": 4000, "save_interval": "50", "keep_last": 2}
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.mark.slow  # torchrun takes 30 s to kill a process that does not answer

@@ -13,21 +13,10 @@ import time
 import pytest
 
 from tests.faults.launched import Launched
-from tests.small_world import log_of, result_of, train, write_rows
+from tests.small_world import log_of, train, without_events
 from training.checkpoints import CheckpointStore
 
 FLAGS = {"epochs": 12, "save_interval": "3", "keep_last": 3}
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-def without_events(run):
-    """A kill between the publication of a checkpoint and its event leaves the event out."""
-    result = result_of(run)
-    return {**result, "records": [r for r in result["records"] if r["kind"] != "event"]}
 
 
 @pytest.fixture(scope="module")

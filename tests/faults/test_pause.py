@@ -10,13 +10,8 @@ import time
 import pytest
 
 from tests.faults.launched import Launched
-from tests.small_world import log_of, result_of, train, write_rows
+from tests.small_world import log_of, train, without_events
 from training.control import ControlFile
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 def command(run, name, number):
@@ -24,11 +19,6 @@ def command(run, name, number):
     draft = run / f".control.{number}"
     draft.write_text(json.dumps({"id": number, "command": name}))
     os.replace(draft, run / "control.json")
-
-
-def without_events(run):
-    result = result_of(run)
-    return {**result, "records": [r for r in result["records"] if r["kind"] != "event"]}
 
 
 class CommandAt:

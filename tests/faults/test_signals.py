@@ -9,21 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults.launched import Launched
-from tests.small_world import log_of, result_of, train, write_rows
+from tests.small_world import log_of, train, without_events, write_rows
 from training.checkpoints import CheckpointStore, verify
 
 SECONDS_TO_STOP = 5
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-def without_events(run):
-    """A result without the events: a stop makes one checkpoint more."""
-    result = result_of(run)
-    return {**result, "records": [r for r in result["records"] if r["kind"] != "event"]}
 
 
 @pytest.fixture(scope="module")
