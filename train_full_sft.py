@@ -75,15 +75,13 @@ from training.checkpoints import (
     CheckpointError,
     CheckpointStore,
     UnsafeCheckpointError,
-    check_run_directory,
-    clear_run,
     open_shards,
     read_trainer_state,
-    refuse_changes,
     verify,
 )
 from training.control import PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
 from training.environment import write_descriptions
+from training.meeting import meet
 from training.metrics import WandbSink
 from training.optimizers import make_optimizer
 from training.plan import Plan, identity_of, make_plan, micro_batches_per_step, share_of_a_step
@@ -91,12 +89,14 @@ from training.process import (
     choose_device,
     device_name_of,
     end_process,
+    is_ours,
     peak_memory_bytes,
     setup_logging,
     to_device,
     use_deterministic_kernels,
 )
-from training.records import Meter, RunRecords, duration, peak_flops
+from training.records import Meter, RunRecords, StateFile, duration, peak_flops
+from training.start import Start, announce_clearing, clear_run, decide_start, refuse_changes, restarts_by_torchrun
 from training.state import LoopState, NonFiniteError
 from training.sums import Sums, token_means
 from training.watchdog import FIRST_FACTOR, Watchdog
@@ -162,7 +162,7 @@ def train_step(
         with gradient_sync(learner.model, enabled=micro == len(window) - 1):
             with learner.autocast():
                 terms = learner.objective(learner.model, batch)
-            loss = sum(term for term in terms.values() if term.requires_grad)
+            loss = loss_of(terms)
             scaler.scale(loss * (processes.world_size / supervised)).backward()
         losses.append(loss.detach())
         for sums in (state.since_log, state.since_epoch):
@@ -176,6 +176,11 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm, losses
+
+
+def loss_of(terms: dict[str, Tensor]) -> Tensor:
+    """What is learnt from: the terms that have a gradient, the others are measured only."""
+    return sum(term for term in terms.values() if term.requires_grad)  # type: ignore[return-value]
 
 
 def train_epoch(
@@ -296,28 +301,45 @@ def validate(learner: Learner, loader: DataLoader, wishes: Wishes) -> dict[str, 
 
 
 def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
-    """Train as `config` says and return a summary; `objective` replaces the cross entropy of supervised tokens."""
-    save_dir, started = Path(config.save_dir), time.monotonic()
-    if config.restarted and config.from_resume not in ("0", "1"):  # that path was where the job began
-        config = replace(config, from_resume="1")
-    rank, local_rank, world_size = environment_rank()
-    setup_logging(rank)
+    """Train as `config` says and return a summary; `objective` replaces the cross entropy of supervised tokens.
 
-    # 1. The run's directory is ours, and data: before the process group exists, whose timeout tokenising would outlast
-    lock = lock_run(save_dir) if rank == 0 and not config.dry_run else None
-    if rank == 0:
-        check_run_directory(save_dir, config.from_resume, config.continues, config.overwrite)
+    From where the directory is ours, its state.json tells of every error.
+    """
+    rank, _, _ = environment_rank()
+    setup_logging(rank)
+    save_dir = Path(config.save_dir)
+    lock = lock_run(save_dir) if rank == 0 and not config.dry_run else None  # until this function ends
+    start = decide_start(save_dir, config.from_resume, config.overwrite, restarts_by_torchrun())
+    if start.clears and lock:
+        announce_clearing(save_dir)
+    try:
+        return run_job(config, start, objective)
+    except Exception as error:
+        if lock:
+            StateFile(save_dir / "state.json").fail(f"{type(error).__name__}: {error}", exit_code_of(error))
+        raise
+
+
+def run_job(config: Config, start: Start, objective: Objective | None) -> dict[str, Any]:
+    """All that `run` does once it is known how the run starts."""
+    save_dir, started = Path(config.save_dir), time.monotonic()
+    rank, local_rank, world_size = environment_rank()
+    keeps_records = rank == 0 and not config.dry_run
+
+    # 1. Data, before the process group exists, whose timeout tokenising would outlast
     from_weight = weights_source(config.from_weight)
     tokenizer_source = choose_tokenizer(config.tokenizer, from_weight)
     tokenizer = load_tokenizer(tokenizer_source, config.chat_template)
     data = load_rows(
         DataRequest(**config.data_request, options=DataOptions(**config.data_options)), tokenizer,
-        owner=local_rank == 0, echo=logger.info, rejects_file=save_dir / "rejects.jsonl" if lock else None,
+        owner=local_rank == 0, echo=logger.info, rejects_file=save_dir / "rejects.jsonl" if keeps_records else None,
     )  # fmt: skip
 
     # 2. Processes
     device = choose_device(config.device, local_rank)
-    processes = start_processes(device, FIRST_FACTOR * config.group_timeout_seconds + 60)  # the watchdog speaks first
+    timeout_seconds = FIRST_FACTOR * config.group_timeout_seconds + 60  # the watchdog speaks first
+    processes = start_processes(device, timeout_seconds, meet)
+    processes.agree_on("how the run starts", start)
     if config.deterministic:
         use_deterministic_kernels()
     dtype_name = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
@@ -336,7 +358,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         logger.warning("--strategy fsdp: one process alone has nothing to share, the model stays whole")
     strategy = Strategy(config.strategy, config.shard_size, config.cpu_offload, dtype)
     model = (model if sharded else model.to(device)).train()
-    parallel = parallelize(model, processes, strategy, zero_loss=lambda wrapped: objective(wrapped, filler)["ce"])
+    parallel = parallelize(model, processes, strategy, zero_loss=lambda wrapped: loss_of(objective(wrapped, filler)))
 
     # 4. Optimizer
     optimizer = make_optimizer(model, config)
@@ -350,7 +372,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     store = CheckpointStore(
         save_dir / "checkpoints", config.keep_last, config.save_top_k, config.monitor_metric, config.monitor_mode
     )
-    checkpoint = find_checkpoint(config.from_resume, store, verify, processes) if config.resumes else None
+    checkpoint = find_checkpoint(start.checkpoint, store, verify, processes) if start.resumes else None
     saved = read_trainer_state(checkpoint) if checkpoint else {}
     state = LoopState.from_dict(saved["loop"], processes.is_main) if checkpoint else LoopState()
     rows_at_first_start = config.batch_size * config.accumulation_steps * world_size
@@ -365,7 +387,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
                        config.log_interval, config.eval_interval, config.strategy)  # fmt: skip
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
-        if config.continues and state.step >= plan.total_steps and (save_dir / "final").exists():
+        if start.continues and state.step >= plan.total_steps and (save_dir / "final").exists():
             logger.info(
                 "%s is finished, nothing to do. More epochs: --allow_change schedule; a new run on the result: "
                 "--from_weight %s/final with another --save_dir", save_dir, save_dir,
@@ -402,11 +424,11 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
         "identity": identity,
         "global_batch_size": window_rows,
         "world_size": world_size,
-        "wandb_id": saved["wandb_id"] if checkpoint and config.continues else uuid.uuid4().hex[:12],
+        "wandb_id": saved["wandb_id"] if checkpoint and start.continues else uuid.uuid4().hex[:12],
         "config": asdict(resolved),
     }
     if processes.is_main:
-        if config.overwrite and not checkpoint:  # a restart by torchrun goes on with the run that has begun
+        if start.clears:
             clear_run(save_dir)
         store.set_aside_newer(state.step, warn=logger.warning)
         write_rejects(save_dir / "rejects.jsonl", data.rejects)
@@ -423,6 +445,7 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     )
 
     def save(last: bool = False) -> None:
+        records.metrics.sync()  # or a power cut could take lines that come before the checkpoint
         checkpointer.save(records.metrics_of(state.step), last)
 
     def evaluate() -> dict[str, float]:
@@ -444,6 +467,8 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
                     evaluate()
                 if state.unfinished:
                     finish_step(learner, state, plan, records, hooks, Meter())
+                    if processes.is_main:
+                        store.add_metrics(state.step, records.metrics_of(state.step))
                 for epoch in itertools.count(state.epoch):
                     if state.step >= plan.total_steps:
                         break
@@ -470,7 +495,6 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
             logger.info("the model is in %s/final; talk to it: python -m scripts.chat %s", save_dir, save_dir)
         records.close("stopped" if reason else "completed", reason or "all steps done")
     close_processes(processes)
-    del lock  # held until here
     status = "completed" if not reason else "preempted" if reason == PREEMPTED else "stopped"
     return {"status": status, "step": state.step, **records.last_eval}
 
@@ -498,23 +522,27 @@ def rehearse(
     return {"status": "completed", "step": 0}
 
 
+def exit_code_of(error: Exception) -> int:
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), EXIT_BUG)
+
+
 def main(config: Config) -> int:
     """Run and turn what went wrong into one message and an exit code that says what kind of thing it was."""
     try:
         summary = run(config)
-    except tuple(EXIT_CODES) as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        logger.error("error: %s", error if environment_rank()[0] == 0 else first_line)
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except KeyboardInterrupt:
         logger.error("stopped by Ctrl-C before the first step")
         return EXIT_INTERRUPTED
     except Exception as error:
         if is_lost_peer(error):
             logger.error("stopped: another process of the job is gone, see its message")
+        elif isinstance(error, tuple(EXIT_CODES)):
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            # What a library raised under a name that we use for what the user can mend may be a fault of ours.
+            logger.error("error: %s", error if environment_rank()[0] == 0 else first_line, exc_info=not is_ours(error))
         else:
             logger.exception("stopped by an error")
-        return EXIT_BUG
+        return exit_code_of(error)
     return EXIT_PREEMPTED if summary["status"] == "preempted" else 0
 
 

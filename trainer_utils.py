@@ -32,6 +32,8 @@ from torch.utils.data import DistributedSampler, Sampler
 
 logger = logging.getLogger(__name__)
 
+SLOW_SECONDS = 60.0  # after so many, and again and again, what keeps the others waiting is spoken of
+
 # gloo now and then hangs or aborts when a group is freed (seen in one of twenty runs of three processes), so whatever
 # refers to a group lives until the process ends, and the process ends without freeing it: see end_process.
 _LIVES_UNTIL_EXIT: list[Any] = []
@@ -60,9 +62,6 @@ class Processes:
             dist.all_reduce(total)
         return total.tolist()
 
-    def wait_for_all(self) -> None:
-        self.sum_ints([0])
-
     def from_main(self, value: int) -> int:
         """The number that rank 0 has."""
         return self.sum_ints([value if self.is_main else 0])[0]
@@ -85,29 +84,31 @@ def environment_rank() -> tuple[int, int, int]:
     )  # type: ignore[return-value]
 
 
-def start_processes(place: torch.device, timeout_seconds: float) -> Processes:
-    """Join the process group that torchrun describes: gloo for what lies on the host, NCCL for what lies on a GPU."""
+def start_processes(
+    place: torch.device, timeout_seconds: float, meet: Callable[[Any, int, int], str] = lambda *_: ""
+) -> Processes:
+    """Join the process group that torchrun describes: gloo for what lies on the host, NCCL for what lies on a GPU.
+
+    `meet(store, rank, world_size)` waits for all without a time limit and gives a name that no other start has.
+    """
     rank, local_rank, world_size = environment_rank()
     if world_size > 1:
         timeout, on_cuda = datetime.timedelta(seconds=timeout_seconds), place.type == "cuda"
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-        dist.init_process_group(backend, timeout=timeout, device_id=place if on_cuda else None, **_meeting(timeout))
+        device = place if on_cuda else None
+        dist.init_process_group(backend, timeout=timeout, device_id=device, **_meeting(timeout, meet))
         _LIVES_UNTIL_EXIT.append(dist.group.WORLD)
     return Processes(rank, local_rank, world_size, place)
 
 
-def _meeting(timeout: datetime.timedelta) -> dict[str, Any]:
-    """Where the processes find each other: the store of torchrun, with a prefix of our own for each start of the job.
-
-    Since 2.13 torchrun keeps one store over its restarts, in which restarted processes would find dead addresses.
-    """
+def _meeting(timeout: datetime.timedelta, meet: Callable[[Any, int, int], str]) -> dict[str, Any]:
+    """Where the processes meet: in torchrun's store, which knows of earlier starts, under a name of this one."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     rank, _, world_size = environment_rank()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
-    start = f"start {os.environ['TORCHELASTIC_RESTART_COUNT']} of {world_size}"
-    return {"store": dist.PrefixStore(start, store), "rank": rank, "world_size": world_size}
+    return {"store": dist.PrefixStore(meet(store, rank, world_size), store), "rank": rank, "world_size": world_size}
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -176,6 +177,8 @@ def _shard(model: nn.Module, processes: Processes, strategy: Strategy) -> nn.Mod
     hybrid = {"mesh_shape": (world_size // shard_size, shard_size), "mesh_dim_names": ("replicate", "shard")}
     flat = {"mesh_shape": (world_size,), "mesh_dim_names": ("shard",)}
     mesh = init_device_mesh(place.type, **(flat if shard_size == world_size else hybrid))
+    if strategy.cpu_offload and place.type == "cpu":
+        logger.warning("--cpu_offload: the processes compute on the CPU, where nothing is to be moved")
     offload = CPUOffloadPolicy() if strategy.cpu_offload and place.type == "cuda" else OffloadPolicy()
     # The stream between the layers keeps its precision, as it does under autocast without sharding.
     layers = MixedPrecisionPolicy(strategy.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -459,10 +462,14 @@ class Checkpointer:
         """Wait for the checkpoint on its way, if any; every rank must call it. Raises as `save` does."""
         if self.flight is None:
             return
+        slow = time.monotonic() + SLOW_SECONDS
         while True:
             done, failed = self.processes.sum_ints([self.flight.is_done(), self.flight.problem is not None])
             if failed or done == self.processes.world_size:
                 break
+            if time.monotonic() > slow:
+                slow += SLOW_SECONDS
+                logger.warning("still writing the checkpoint of step %d, %d processes are done", self.flight.step, done)
             self.beat()
             time.sleep(0.01)
         flight, self.flight = self.flight, None
@@ -474,7 +481,7 @@ class Checkpointer:
             self.report(flight.step, "checkpoint", seconds=time.perf_counter() - flight.started)
 
     def _failed(self, step: int, problem: Exception | None) -> None:
-        self.processes.wait_for_all()  # nobody writes any more
+        self.processes.sum_ints([0])  # nobody writes any more
         if self.processes.is_main:
             self.store.abandon(step)
         self.failures += 1
@@ -487,18 +494,20 @@ class Checkpointer:
             logger.warning("%s; it is tried again, time %d of %d", message, self.failures, self.MAX_FAILURES)
 
 
-def find_checkpoint(wanted: str, store: Store, verify: Callable[[Path], Any], processes: Processes) -> Path | None:
-    """The checkpoint to continue from: `wanted` is a path, else the newest good one. Rank 0 verifies it for all."""
+def find_checkpoint(
+    wanted: Path | None, store: Store, verify: Callable[[Path], Any], processes: Processes
+) -> Path | None:
+    """The wanted checkpoint, else the newest good one, if there is one. Rank 0 verifies it for all."""
     newest: int | None = None
     problem: Exception | None = None
 
     def look() -> None:
         nonlocal newest, problem
         try:
-            if wanted in ("0", "1"):
+            if wanted is None:
                 newest = store.newest_verified(warn=logger.warning)
             else:
-                verify(Path(wanted))
+                verify(wanted)
         except Exception as error:  # the others wait to hear of it
             problem = error
 
@@ -511,9 +520,7 @@ def find_checkpoint(wanted: str, store: Store, verify: Callable[[Path], Any], pr
     failed = processes.any(problem is not None)
     if failed:
         raise problem or OSError("rank 0 found no good checkpoint, see its message")
-    if wanted not in ("0", "1"):
-        return Path(wanted)
-    return store.path(step) if step >= 0 else None
+    return wanted or (store.path(step) if step >= 0 else None)
 
 
 def load_checkpoint(weights: Reader, moments: Reader, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

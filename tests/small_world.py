@@ -176,11 +176,17 @@ def without_events(save_dir: Path) -> dict[str, Any]:
     return {**result, "records": [record for record in result["records"] if record["kind"] != "event"]}
 
 
+def records_of(save_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """What metrics.jsonl says, or what of it is of one kind."""
+    records = map(json.loads, (save_dir / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if kind in (None, record["kind"])]
+
+
 def result_of(save_dir: Path) -> dict[str, Any]:
     """All that must be equal between two runs: weights, optimizer, position, and every logged number but time."""
     newest = sorted((save_dir / "checkpoints").glob("step-*"))[-1]
     state = json.loads((newest / "trainer_state.json").read_text())
-    records = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(save_dir)
     timing = ("time", "per_second", "seconds", "share", "memory", "eta")
     return {
         "final": sha256(save_dir / "final" / "model.safetensors"),

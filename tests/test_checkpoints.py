@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.checkpoints import CheckpointError, CheckpointStore, refuse_changes, verify
+from training.checkpoints import CheckpointError, CheckpointStore, verify
 from training.lock import lock_run
 
 
@@ -129,7 +129,8 @@ def test_everything_is_on_the_disk_before_the_name_and_the_name_before_the_end(s
     written = {"model-00001-of-00001.safetensors", "trainer_state.json", ".part-0.draft"}
     published = events.index(f"{draft} -> step-00000006")
     assert set(events[: published - 2]) == written
-    assert events[published - 2 : published + 2] == ["manifest.json", draft, events[published], "checkpoints"]
+    manifest, *rest = events[published - 2 : published + 2]
+    assert manifest.startswith(".manifest.json.") and rest == [draft, events[published], "checkpoints"]
 
 
 def test_if_all_are_damaged_nothing_starts_afresh_in_silence(store):
@@ -146,13 +147,6 @@ def test_a_newer_format_is_refused(store):
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="format 99"):
         verify(path)
-
-
-def test_changes_are_shown_with_both_values():
-    assert refuse_changes({"seed": 1, "data": "a"}, {"seed": 1, "data": "a"}, []) == []
-    assert refuse_changes({"seed": 1, "data": "a"}, {"seed": 2, "data": "a"}, ["seed"]) == ["seed"]
-    with pytest.raises(ValueError, match="data: the checkpoint has a, this run b"):
-        refuse_changes({"seed": 1, "data": "a"}, {"seed": 2, "data": "b"}, ["seed"])
 
 
 def test_what_lies_beyond_the_resumed_step_is_set_aside_and_never_crowds_out_the_new_ones(store):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.small_world import TINY, KillAtCall, log_of, result_of, sha256, train, without_events, write_rows
+from tests.small_world import TINY, log_of, records_of, result_of, sha256, train, without_events, write_rows
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,10 +28,6 @@ def finished(tmp_path_factory, rows):
     flags = {"data_path": str(rows), "val_data_path": str(rows), "eval_at_start": True, "keep_last": 2}
     assert train(1, run, **flags) == [0], log_of(run)
     return run
-
-
-def records_of(run, kind):
-    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
 
 
 def test_a_run_writes_exactly_these_files(finished):
@@ -272,19 +268,6 @@ def test_wandb_follows_offline_under_one_id(tmp_path, rows):
     assert subprocess.run(again, **quiet).returncode == 0
     ids = {path.name.rsplit("-", 1)[1] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
     assert ids == {first.name.rsplit("-", 1)[1]}
-
-
-def restarted_by_torchrun(objective, rank):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
-    return objective
-
-
-def test_a_restart_by_torchrun_does_not_overwrite_the_run_that_it_continues(tmp_path, rows):
-    flags = {"data_path": str(rows), "overwrite": True, "max_steps": 4, "save_interval": "2"}
-    assert train(1, tmp_path / "run", wrap_objective=KillAtCall(4), **flags) == [-9]
-    assert train(1, tmp_path / "run", wrap_objective=restarted_by_torchrun, **flags) == [0]
-    assert [r["step"] for r in records_of(tmp_path / "run", "train")] == [1, 2, 3, 4]
-    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2
 
 
 def test_a_run_may_go_on_with_less_data(tmp_path, rows):

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.files import fsync_path, make_directory, sha256_of, write_json
+from training.files import fsync_path, make_directory, remove, replace_json, sha256_of, write_json
 from training.shards import Block, ShardReader, bytes_of, write_shard
 
 logger = logging.getLogger("train")
@@ -34,10 +34,6 @@ logger = logging.getLogger("train")
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
-RUN_FILES = (
-    "checkpoints", "final", "best", "report", "wandb", "config.yaml", "state.json", "metrics.jsonl", "alerts.jsonl",
-    "data_report.json", "environment.json", "control.json", "rejects.jsonl", "evaluation.json",
-)  # fmt: skip
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(tmp|trash)-step-\d{8,}")  # of a save, of a deletion that was cut short
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -51,14 +47,6 @@ class UnsafeCheckpointError(CheckpointError):
     """A checkpoint whose manifest reaches outside its directory."""
 
 
-def _remove(path: Path) -> None:
-    """Delete whatever has this name."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def write_manifest(directory: Path, step: int, files: list[dict[str, Any]], metrics: Mapping[str, float]) -> None:
     """List {name, size, sha256} of every file, which are on the disk already; force manifest and directory to it.
 
@@ -66,7 +54,7 @@ def write_manifest(directory: Path, step: int, files: list[dict[str, Any]], metr
     """
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     manifest = {"format_version": FORMAT_VERSION, "step": step, "metrics": finite, "files": files}
-    write_json(directory / MANIFEST, {**manifest, "sha256": digest_of(manifest)})
+    replace_json(directory / MANIFEST, {**manifest, "sha256": digest_of(manifest)})
     fsync_path(directory)
 
 
@@ -172,7 +160,7 @@ class CheckpointStore:
             make_directory(self.directory)
             for leftover in self.directory.iterdir():
                 if _LEFTOVER.fullmatch(leftover.name):
-                    _remove(leftover)
+                    remove(leftover)
             if needed_bytes > shutil.disk_usage(self.directory).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.temporary(step).mkdir()
@@ -230,6 +218,12 @@ class CheckpointStore:
             logger.warning("an old checkpoint could not be deleted: %s", error)
         return final
 
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Let the manifest of a checkpoint, where there is one, tell what was measured only after it was saved."""
+        if self.path(step).is_dir():
+            manifest = read_manifest(self.path(step))
+            write_manifest(self.path(step), step, manifest["files"], {**manifest["metrics"], **metrics})
+
     def abandon(self, step: int) -> None:
         shutil.rmtree(self.temporary(step), ignore_errors=True)
 
@@ -265,7 +259,7 @@ class CheckpointStore:
 
     def _set_aside(self, step: int) -> Path:
         aside = self.directory / f"aside-{self.path(step).name}"
-        _remove(aside)
+        remove(aside)
         os.rename(self.path(step), aside)
         return aside
 
@@ -337,35 +331,6 @@ def open_shards(directory: Path, kind: str) -> ShardReader:
     return ShardReader(files)
 
 
-def check_run_directory(save_dir: Path, from_resume: str, continues: bool, overwrite: bool) -> None:
-    """A directory that holds a run is continued, or emptied when told so, but never written over in silence.
-
-    Raises ValueError naming the ways out. Nothing is deleted here: `clear_run` does so once the run is sure to start.
-    """
-    traces = [Path(from_resume) / name for name in (MANIFEST, TRAINER_STATE)]  # with one of them it is a damaged one
-    if from_resume not in ("0", "1") and not any(path.is_file() for path in traces):
-        inside = CheckpointStore(Path(from_resume) / "checkpoints")
-        newest = f"; the newest of that run is {inside.path(inside.steps()[-1])}" if inside.steps() else ""
-        raise ValueError(f"--from_resume {from_resume} is no checkpoint{newest}")
-    steps, final = CheckpointStore(save_dir / "checkpoints").steps(), save_dir / "final"
-    if continues and final.exists() and not steps:
-        raise ValueError(
-            f"--from_resume: {save_dir} holds a result but no checkpoint to continue from. Start a new run on the "
-            f"result with --from_weight {final} and another --save_dir, or delete it with --overwrite 1 --from_resume 0"
-        )
-    if (steps or final.exists()) and not continues and not overwrite:
-        raise ValueError(
-            f"--save_dir {save_dir} already holds a run: continue it with --from_resume 1, choose another directory, "
-            "or delete it with --overwrite 1"
-        )
-
-
-def clear_run(save_dir: Path) -> None:
-    """Delete what a run has written; other files in the directory stay."""
-    for name in RUN_FILES:
-        _remove(save_dir / name)
-
-
 def read_trainer_state(directory: Path) -> dict[str, Any]:
     """What a verified checkpoint says of the loop; CheckpointError where that is no JSON object, whoever hashed it."""
     try:
@@ -375,16 +340,3 @@ def read_trainer_state(directory: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{directory / TRAINER_STATE}: a JSON object is needed, not a {type(state).__name__}")
     return state
-
-
-def refuse_changes(saved: dict[str, Any], current: dict[str, Any], allowed: list[str]) -> list[str]:
-    """Names of the things that differ and were allowed to. Raises ValueError with both values of each that was not."""
-    changed = [name for name in current if saved.get(name) != current[name]]
-    refused = [
-        f"{name}: the checkpoint has {saved.get(name)}, this run {current[name]} (--allow_change {name} accepts it)"
-        for name in changed
-        if name not in allowed
-    ]
-    if refused:
-        raise ValueError("cannot resume, something that decides the result has changed:\n" + "\n".join(refused))
-    return changed

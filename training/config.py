@@ -184,23 +184,6 @@ class Config:
         return [name.strip() for name in self.allow_change.split(",") if name.strip()]
 
     @property
-    def resumes(self) -> bool:
-        """Whether to look for a checkpoint: asked for, or this process was restarted by torchrun."""
-        return self.from_resume != "0" or _restarts() > 0
-
-    @property
-    def restarted(self) -> bool:
-        """Whether torchrun has started this process anew in a job that already has checkpoints of its own."""
-        own = Path(self.save_dir) / "checkpoints"
-        return _restarts() > 0 and any(own.glob("step-*"))
-
-    @property
-    def continues(self) -> bool:
-        """Whether the run in --save_dir goes on; from a checkpoint that lies elsewhere a new run branches off."""
-        own = Path(self.save_dir).resolve() / "checkpoints"
-        return self.resumes and (self.from_resume in ("0", "1") or Path(self.from_resume).resolve().parent == own)
-
-    @property
     def shape(self) -> dict[str, int]:
         """The shape flags that were given."""
         return {name: getattr(self, name) for name in SHAPE_FLAGS if getattr(self, name) is not None}
@@ -228,11 +211,6 @@ class Config:
         import yaml
 
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-
-
-def _restarts() -> int:
-    """How often torchrun has restarted this job."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _types() -> dict[str, tuple[type, bool]]:

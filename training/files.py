@@ -1,10 +1,11 @@
-"""Writing what must survive a crash: forced to the disk, and never half there under its name."""
+"""The disk: writing what must survive a crash, forced there and never half there under its name; hashing, deleting."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ def make_directory(path: Path) -> None:
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
         fsync_path(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete whatever has this name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from training.files import fsync_path
+
 logger = logging.getLogger(__name__)
 
 
@@ -103,6 +105,11 @@ class MetricsLog:
             if first_trouble:
                 logger.warning("%s cannot be written, its records wait in memory: %s", self.path, error.strerror)
 
+    def sync(self) -> None:
+        """Force what is written to the disk; a disk that cannot is no reason to end."""
+        with contextlib.suppress(OSError):
+            fsync_path(self.path)
+
     def close(self) -> None:
         if self._waiting:
             self._append(b"")
@@ -118,11 +125,11 @@ class MetricsLog:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; what a crash cut short, and whatever has no step, is left out."""
+    """The records of a metrics.jsonl; what a crash cut short, and whatever has no step or kind, is left out."""
     records = []
     for line in path.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("kind"), str):
                 records.append(record)
     return records

@@ -9,11 +9,14 @@ import platform
 import resource
 import socket
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of <malloc.h>
 
 
@@ -66,6 +69,13 @@ def use_deterministic_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by a line of this project, and not by one of a library that it calls."""
+    lines = list(traceback.walk_tb(error.__traceback__))
+    raised_in = Path(lines[-1][0].f_code.co_filename) if lines else Path()
+    return raised_in.is_relative_to(ROOT) and "site-packages" not in raised_in.parts
 
 
 def end_process(exit_code: int) -> None:

@@ -37,19 +37,32 @@ class StateFile:
         self.values: dict[str, Any] = {"status": "pending", "pid": os.getpid(), "host": socket.gethostname()}
         self._written_at = 0.0
 
+    def fail(self, reason: str, exit_code: int) -> None:
+        """Say that the run has failed, where it was then; a finished one that could not be gone on with stays so."""
+        said: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            said = dict(json.loads(self.path.read_text(encoding="utf-8")))
+        if said.get("status") != "completed":
+            ended = {"status": "failed", "exit_reason": reason, "exit_code": exit_code, "updated_at": time.time()}
+            self.values = {**said, **self.values, **ended}
+            self._write()
+
     def update(self, **values: Any) -> None:
         now = time.time()
         due = values.get("status", self.values["status"]) != self.values["status"] or now - self._written_at >= 1.0
         self.values.update(values, updated_at=now)
         if due:
             self._written_at = now
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(json.dumps(strict(self.values), indent=1, allow_nan=False), encoding="utf-8")
-                os.replace(temporary, self.path)
-            except OSError as error:  # a full disk must not end the run; checkpoints have their own rules
-                logger.warning("%s cannot be written: %s", self.path, error.strerror)
+            self._write()
+
+    def _write(self) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(strict(self.values), indent=1, allow_nan=False), encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError as error:  # a full disk must not end the run; checkpoints have their own rules
+            logger.warning("%s cannot be written: %s", self.path, error.strerror)
 
 
 class Meter:
@@ -156,8 +169,8 @@ class RunRecords:
             self.state_file.update(status="running", started_at=time.time(), **self._position())
         try:
             yield
-        except BaseException as error:
-            self.close("failed", f"{type(error).__name__}: {error}")
+        except BaseException:
+            self.close("failed")
             raise
 
     def log_step(self, state: LoopState, plan: Plan, values: dict[str, float], meter: Meter) -> None:
@@ -221,9 +234,9 @@ class RunRecords:
         """What an evaluation after this step gave, if there was one."""
         return self.last_eval if step == self._last_eval_step else {}
 
-    def close(self, status: str, exit_reason: str) -> None:
+    def close(self, status: str, exit_reason: str | None = None) -> None:
+        self.status(status, exit_reason)
         if self.is_main:
-            self.state_file.update(status=status, exit_reason=exit_reason, **self._position())
             self.metrics.close()
             if self.progress is not None:
                 self.progress.close()

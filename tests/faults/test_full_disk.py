@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.savers import train_a_little
 from tests.faults.strace import Child, points_of, read_log, straced
-from tests.small_world import log_of, result_of, train, write_rows
+from tests.small_world import log_of, records_of, result_of, train, write_rows
 from training.checkpoints import CheckpointStore
 from training.metrics import MetricsLog
 
@@ -172,7 +172,7 @@ def undisturbed(tmp_path_factory):
 
 def failed_and_saved_steps(run):
     """Steps whose save has failed, and whose save has succeeded; every line of the records must be whole."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(run)
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, STEPS + 1)), (
         "none is lost or twice there"
     )

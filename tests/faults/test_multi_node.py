@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_world import TINY, write_rows
+from tests.small_world import TINY, records_of, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PORT, EPOCHS, SAMPLES, SAVE_INTERVAL, HOLD = 29400, 6, 24, 3, 20
@@ -158,7 +158,7 @@ def check_result(project: Path, first: int, then: int, log: Path) -> int:
     assert (state["status"], state["step"]) == ("completed", max(after)) and max(after) == state["total_steps"]
     assert sorted(after) == list(range(resumed + 1, max(after) + 1))
     assert (project / "run" / "final" / "model.safetensors").exists()
-    records = [json.loads(line) for line in (project / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = records_of(project / "run")
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, max(after) + 1))
     return max(before) - resumed
 

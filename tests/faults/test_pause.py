@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.faults.launched import Launched
-from tests.small_world import log_of, train, without_events
+from tests.small_world import log_of, records_of, train, without_events
 from training.control import ControlFile
 
 
@@ -54,8 +54,8 @@ def test_a_pause_of_three_times_the_time_limit_changes_no_bit(tmp_path, rows, wo
     assert codes == [0] * world_size, log_of(tmp_path / "paused")
     assert time.monotonic() - started > 3 * limit
     assert without_events(tmp_path / "paused") == without_events(tmp_path / "whole")
-    times = [json.loads(line) for line in (tmp_path / "paused" / "metrics.jsonl").read_text().splitlines()]
-    assert max(r["train/seconds_per_step"] for r in times if r["kind"] == "train") < limit, "a pause is no slow step"
+    times = records_of(tmp_path / "paused", "train")
+    assert max(r["train/seconds_per_step"] for r in times) < limit, "a pause is no slow step"
 
 
 @pytest.mark.parametrize(

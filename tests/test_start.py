@@ -1,0 +1,185 @@
+"""How flags, the run's directory and restarts by torchrun decide together how a run begins."""
+
+import json
+import os
+
+import pytest
+
+from scripts.checkpoints import main as checkpoints
+from tests.small_world import KillAtCall, log_of, records_of, train, write_rows
+from training.start import OVERWRITING, Start, decide_start, refuse_changes
+
+AFRESH, NEWEST = Start(), Start(resumes=True, continues=True)
+
+
+@pytest.fixture
+def places(tmp_path):
+    """An empty directory, a run, a result without checkpoints, and a run that --overwrite was about to delete."""
+    made = {name: tmp_path / name for name in ("empty", "run", "result", "being overwritten")}
+    for path in made.values():
+        path.mkdir()
+    for name in ("run", "being overwritten"):
+        checkpoint = made[name] / "checkpoints" / "step-00000004"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").touch()
+    (made["result"] / "final").mkdir()
+    (made["being overwritten"] / OVERWRITING).touch()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("place", "from_resume", "overwrite", "restarts", "expected"),
+    [
+        ("empty", "0", False, 0, AFRESH),
+        ("empty", "1", False, 0, NEWEST),
+        ("empty", "0", True, 0, Start(clears=True)),
+        ("empty", "0", False, 1, NEWEST),
+        ("run", "1", False, 0, NEWEST),
+        ("run", "0", True, 0, Start(clears=True)),
+        ("run", "0", True, 1, NEWEST),  # its own by now
+        ("run", "0", False, 1, NEWEST),
+        ("result", "0", True, 0, Start(clears=True)),
+        ("being overwritten", "0", True, 1, Start(clears=True)),
+        ("being overwritten", "0", True, 0, Start(clears=True)),
+        ("being overwritten", "1", False, 0, NEWEST),  # the wish to overwrite was another start's
+        ("being overwritten", "1", False, 1, NEWEST),
+    ],
+)
+def test_the_start_follows_from_flags_directory_and_restarts(
+    places, place, from_resume, overwrite, restarts, expected
+):  # fmt: skip
+    assert decide_start(places[place], from_resume, overwrite, restarts) == expected
+
+
+def test_a_checkpoint_elsewhere_branches_off_until_the_branch_has_one_of_its_own(places):
+    named = places["run"] / "checkpoints" / "step-00000004"
+    branch = Start(resumes=True, checkpoint=named)
+    assert decide_start(places["empty"], str(named), False, 0) == branch
+    assert decide_start(places["empty"], str(named), False, 1) == branch, "restarted before its first checkpoint"
+    assert decide_start(places["run"], str(named), False, 0) == Start(resumes=True, checkpoint=named, continues=True)
+    other = places["being overwritten"] / "checkpoints" / "step-00000004"
+    assert decide_start(places["run"], str(other), False, 1) == NEWEST, "restarted after it"
+
+
+@pytest.mark.parametrize(
+    ("place", "from_resume", "message"),
+    [
+        ("run", "0", "already holds a run: continue it with --from_resume 1"),
+        ("result", "0", "already holds a run"),
+        ("result", "1", "holds a result but no checkpoint"),
+        ("empty", "nowhere", "--from_resume nowhere is no checkpoint"),
+    ],
+)
+def test_what_would_lose_a_run_or_cannot_be_is_refused(places, place, from_resume, message):
+    with pytest.raises(ValueError, match=message):
+        decide_start(places[place], from_resume, False, 0)
+
+
+def test_changes_are_shown_with_both_values():
+    assert refuse_changes({"seed": 1, "data": "a"}, {"seed": 1, "data": "a"}, []) == []
+    assert refuse_changes({"seed": 1, "data": "a"}, {"seed": 2, "data": "a"}, ["seed"]) == ["seed"]
+    with pytest.raises(ValueError, match="data: the checkpoint has a, this run b"):
+        refuse_changes({"seed": 1, "data": "a"}, {"seed": 2, "data": "b"}, ["seed"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same in runs
+
+
+def restarted_by_torchrun(objective, rank):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    return objective
+
+
+def test_a_restart_by_torchrun_does_not_overwrite_the_run_that_it_continues(tmp_path, rows):
+    flags = {"data_path": str(rows), "overwrite": True, "max_steps": 4, "save_interval": "2"}
+    assert train(1, tmp_path / "run", wrap_objective=KillAtCall(4), **flags) == [-9]
+    assert train(1, tmp_path / "run", wrap_objective=restarted_by_torchrun, **flags) == [0]
+    assert [r["step"] for r in records_of(tmp_path / "run", "train")] == [1, 2, 3, 4]
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2
+
+
+def dies_while_it_starts(objective, rank):
+    import train_full_sft
+
+    train_full_sft.make_optimizer = lambda *_: os._exit(9)
+    return objective
+
+
+def test_a_restart_does_not_take_the_run_to_be_overwritten_for_its_own(tmp_path, rows):
+    flags = {"data_path": str(rows), "save_interval": "2"}
+    assert train(1, tmp_path / "run", **flags, max_steps=4) == [0]
+    flags |= {"overwrite": True, "max_steps": 6}
+    assert train(1, tmp_path / "run", wrap_objective=dies_while_it_starts, **flags) == [9]
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2, "nothing was deleted before it was sure"
+    assert train(1, tmp_path / "run", wrap_objective=restarted_by_torchrun, **flags) == [0], log_of(tmp_path / "run")
+    assert "resumed" not in log_of(tmp_path / "run") and not (tmp_path / "run" / OVERWRITING).exists()
+    assert [r["step"] for r in records_of(tmp_path / "run", "train")] == list(range(1, 7))
+
+
+def fails_in_a_library(objective, rank):
+    import torch
+
+    return lambda model, batch: {"ce": torch.zeros(1).view(3, 7, -1, -1)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrap", "code", "reason"),
+    [
+        ({"data_path": "nothing.jsonl"}, None, 65, "nothing.jsonl"),
+        ({"from_weight": "/nowhere/at/all"}, None, 2, "/nowhere/at/all"),
+        ({}, fails_in_a_library, 70, "RuntimeError"),
+    ],
+)
+def test_state_json_tells_of_every_error(tmp_path, rows, flags, wrap, code, reason):
+    assert train(1, tmp_path / "run", wrap_objective=wrap, **{"data_path": str(rows), **flags}) == [code]
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert (state["status"], state["exit_code"]) == ("failed", code) and reason in state["exit_reason"]
+    assert state["pid"] and state["host"] and state["updated_at"]
+
+
+def test_a_finished_run_that_cannot_be_gone_on_with_stays_finished(tmp_path, rows):
+    assert train(1, tmp_path / "run", data_path=str(rows), max_steps=2) == [0]
+    before = (tmp_path / "run" / "state.json").read_text()
+    for wrong in ({"from_resume": "1", "seed": 8}, {"data_path": "nothing.jsonl", "from_resume": "1"}, {}):
+        assert train(1, tmp_path / "run", **{"data_path": str(rows), "max_steps": 2, **wrong})[0] in (2, 65)
+        assert (tmp_path / "run" / "state.json").read_text() == before
+
+
+class RaisesValueError:
+    """One of a library, which may be a fault of ours, or one of our own, meant for the user."""
+
+    def __init__(self, of_a_library):
+        self.of_a_library = of_a_library
+
+    def __call__(self, objective, rank):
+        import train_full_sft
+
+        def fail(*_args, **_values):
+            return json.loads("{") if self.of_a_library else refuse_changes({}, {"seed": 1}, [])
+
+        train_full_sft.make_optimizer = fail
+        return objective
+
+
+@pytest.mark.parametrize("of_a_library", [False, True])
+def test_the_traceback_is_shown_where_the_message_may_not_be_meant_for_the_user(tmp_path, rows, of_a_library):
+    wrap = RaisesValueError(of_a_library)
+    assert train(1, tmp_path / "run", wrap_objective=wrap, data_path=str(rows)) == [2]
+    assert ("Traceback" in log_of(tmp_path / "run")) == of_a_library
+
+
+def test_what_was_measured_after_a_checkpoint_was_saved_still_ranks_it(tmp_path, capsys):
+    """A stop in the middle of a validation saves without its result, which the resumed run adds."""
+    from tests.test_control import StopInValidation
+
+    rows = str(write_rows(tmp_path / "rows.jsonl"))
+    flags = {"data_path": rows, "val_data_path": rows, "save_interval": "500", "max_steps": 9, "eval_interval": "3"}
+    flags["save_top_k"] = 1
+    stop = StopInValidation(call=2, victim=0)
+    assert train(1, tmp_path / "run", wrap_objective=stop, **flags) == [75]
+    assert train(1, tmp_path / "run", from_resume="1", **flags) == [0], log_of(tmp_path / "run")
+    manifests = sorted((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
+    losses = {json.loads(path.read_text())["step"]: json.loads(path.read_text())["metrics"] for path in manifests}
+    assert set(losses) == {3, 6, 9} and all(metrics["eval/loss"] > 0 for metrics in losses.values())
+    assert checkpoints(["verify", str(tmp_path / "run")]) == 0, capsys.readouterr().err
