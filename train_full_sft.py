@@ -336,7 +336,7 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
     )  # fmt: skip
 
     # 2. Processes
-    device = choose_device(config.device, local_rank)
+    device = choose_device(config.device, local_rank, saves_memory=config.strategy == "fsdp")
     timeout_seconds = FIRST_FACTOR * config.group_timeout_seconds + 60  # the watchdog speaks first
     processes = start_processes(device, timeout_seconds, meet)
     processes.agree_on("how the run starts", start)

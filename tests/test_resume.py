@@ -176,7 +176,11 @@ def test_more_epochs_go_on_when_the_change_is_named(tmp_path, rows):
 
 
 @pytest.mark.parametrize(
-    "workers", [{"num_workers": 2, "persistent_workers": True}, {"num_workers": 1, "prefetch_factor": 4}]
+    "workers",
+    [
+        {"num_workers": 2, "persistent_workers": True},
+        pytest.param({"num_workers": 1, "prefetch_factor": 4}, marks=pytest.mark.slow),
+    ],
 )
 def test_workers_do_not_change_the_result(tmp_path, rows, workers):
     flags = {"data_path": str(rows)}
@@ -236,6 +240,7 @@ def command(rows: Path, save_dir: Path, *more: str) -> list[str]:
     return [*launcher, "train_full_sft.py", *words, *more]
 
 
+@pytest.mark.slow
 def test_the_real_torchrun_is_killed_and_resumed(tmp_path, rows):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -235,6 +235,7 @@ class SmallFiles:
         return limited
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_a_resume_ends_with_the_same_bits(tmp_path, rows):
     flags = {**TINY, "data_path": rows, "epochs": 20, "save_interval": "500", "cache_dir": tmp_path / "cache"}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]

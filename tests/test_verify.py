@@ -43,7 +43,7 @@ def test_kept_promises_are_reported_with_what_was_measured(tmp_path, monkeypatch
     [
         ("packed documents go on counting positions", "packing", "packed == alone: logits"),
         ("attention goes across documents", "packing", "positions that another document changes"),
-        ("the mean of means is trained", "split", "update of 2 processes (ddp)"),
+        pytest.param("the mean of means is trained", "split", "update of 2 processes (ddp)", marks=pytest.mark.slow),
         pytest.param("one row too few counts as trained", "world_size", "samples missing", marks=pytest.mark.slow),
         pytest.param("optimizer state not restored", "resume_ddp", "resumed == uninterrupted", marks=pytest.mark.slow),
     ],

@@ -17,17 +17,20 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # names of <malloc.h>
 
 
-def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The device of a process: `wanted` is auto, cpu or cuda. Raises ValueError where there is no such device."""
+def choose_device(wanted: str, local_rank: int = 0, saves_memory: bool = False) -> torch.device:
+    """The device of a process: `wanted` is auto, cpu or cuda. Raises ValueError where there is no such device.
+
+    On a CPU freed memory is kept for the next tensor, or returned at once with `saves_memory`.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda: torch finds no CUDA device; use --device cpu, or install a CUDA build of torch"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
-        keep_freed_memory()
+        set_up_malloc(saves_memory)
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
@@ -37,15 +40,17 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next tensor instead of returning its pages to the system after each use.
+def set_up_malloc(returns_freed: bool) -> None:
+    """Let glibc keep freed memory for the next tensor, or return its pages to the system after each use.
 
-    Faulting the same pages in again cost a fifth of a CPU step. Other C libraries have no such switch.
+    Faulting the same pages in again cost a fifth of a CPU step. But the whole layers that FSDP puts together and lets
+    go of again leave gaps that nothing fits into, four times what they hold; left alone, glibc keeps those too. Other C
+    libraries have no such switches.
     """
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        switches = {M_MMAP_THRESHOLD: 2**20} if returns_freed else {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
+        for switch, value in switches.items():
+            ctypes.CDLL(None).mallopt(switch, value)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

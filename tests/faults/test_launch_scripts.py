@@ -99,6 +99,7 @@ def checkpoints(tmp_path):
     return sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on(tmp_path, job, environment):
     process = job()
     wait_until(lambda: len(checkpoints(tmp_path)) > 2, process, tmp_path)

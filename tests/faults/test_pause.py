@@ -58,9 +58,8 @@ def test_a_pause_of_three_times_the_time_limit_changes_no_bit(tmp_path, rows, wo
     assert max(r["train/seconds_per_step"] for r in times) < limit, "a pause is no slow step"
 
 
-@pytest.mark.parametrize(
-    "how", [signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, "stop"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, "stop"])
 def test_what_ends_a_paused_run_loses_nothing(tmp_path, rows, how):
     flags = {"data_path": rows, "epochs": 40, "save_interval": "5000", "log_interval": "1"}
     assert train(2, tmp_path / "whole", **{**flags, "data_path": str(rows)}) == [0, 0]
@@ -80,6 +79,7 @@ def test_what_ends_a_paused_run_loses_nothing(tmp_path, rows, how):
     assert without_events(tmp_path / "run") == without_events(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_hundred_toggles_change_no_bit(tmp_path, rows):
     flags = {"data_path": str(rows), "epochs": 40, "save_interval": "5000"}
     assert train(2, tmp_path / "whole", **flags) == [0, 0]

@@ -119,7 +119,7 @@ def test_sigusr1_saves_and_goes_on(tmp_path, rows):
     assert len(steps) == 2 and steps[0] in (4, 5)  # asked for in step 4: the first pass primes DDP
 
 
-@pytest.mark.parametrize("target", ["torchrun", "one worker", "the group"])
+@pytest.mark.parametrize("target", ["torchrun", "one worker", pytest.param("the group", marks=pytest.mark.slow)])
 def test_a_signal_to_the_real_job_saves_in_time(tmp_path, rows, target):
     flags = {"data_path": rows, "epochs": 400, "save_interval": "5000", "num_workers": 1}
     with Launched(2, tmp_path / "run", **flags) as job:
