@@ -81,7 +81,9 @@ def test_a_slow_run_is_no_hang(tmp_path, rows):
     assert train(1, tmp_path / "run", wrap_objective=Slow(), **flags) == [0]
 
 
-@pytest.mark.parametrize(("strategy", "victim"), [("ddp", 0), pytest.param("ddp", 1, marks=pytest.mark.slow), ("fsdp", 1)])
+@pytest.mark.parametrize(
+    ("strategy", "victim"), [("ddp", 0), pytest.param("ddp", 1, marks=pytest.mark.slow), ("fsdp", 1)]
+)
 def test_when_a_rank_is_killed_the_job_is_gone_in_ten_seconds(tmp_path, rows, strategy, victim):
     flags = {"data_path": rows, "strategy": strategy, "num_workers": int(victim == 1), **ENDLESS}
     with Launched(2, tmp_path / "run", **flags) as job:
