@@ -169,6 +169,16 @@ MUTANTS = [
     Mutant("a command is obeyed again when its file is touched", "training/control.py",
            "        if number == self._seen:\n            return None\n", "",
            (f"{CONTROL}::test_each_command_is_obeyed_once",)),
+    Mutant("a restart goes on with the run that was to be overwritten", "training/start.py",
+           "(save_dir / OVERWRITING).exists()", "False",
+           ("tests/test_start.py::test_a_restart_does_not_take_the_run_to_be_overwritten_for_its_own",)),
+    Mutant("a restart overwrites its own run", "training/start.py",
+           '        from_resume, overwrite = "1", False\n', "        pass\n",
+           ("tests/test_start.py::test_a_restart_by_torchrun_does_not_overwrite_the_run_that_it_continues",)),
+    Mutant("a process believes the answer to one of an earlier start", "training/meeting.py",
+           '    while not (answer := read(f"answer {rank}")).startswith(own):',
+           '    while not (answer := read(f"answer {rank}")):',
+           ("tests/test_meeting.py::test_every_start_gets_one_name_of_its_own_whoever_comes_last",)),
 ]  # fmt: skip
 
 
