@@ -129,7 +129,7 @@ def test_wrong_rows_end_the_run_before_training_with_path_and_line(tmp_path, row
     assert train(1, tmp_path / "run", **flags) == [65]
     log = log_of(tmp_path / "run")
     assert "bad.jsonl:5: JSON" in log and "bad.jsonl:10: NO_ASSISTANT" in log and "Traceback" not in log
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "rejects.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "rejects.jsonl", "state.json"]
     assert train(1, tmp_path / "run", bad_rows="skip", **flags) == [0]
     rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
     assert [(reject["line"], reject["code"]) for reject in rejects] == [(5, "JSON_SYNTAX"), (10, "NO_ASSISTANT")]
