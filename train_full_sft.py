@@ -8,7 +8,8 @@ loop alone normalises and backpropagates, so a new loss is a new objective and n
 import os
 from pathlib import Path
 
-from training.config import SHAPE_FLAGS, Config, config_from_command_line
+from training.arguments import config_from_command_line
+from training.config import SHAPE_FLAGS, Config
 from training.lock import lock_or_exit, lock_run
 
 if __name__ == "__main__":  # before torch is imported, so that --help, a wrong flag, a taken directory need no waiting

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.evaluate import exit_code_of, spread
-from training.config import config_from_command_line
+from training.arguments import config_from_command_line
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">

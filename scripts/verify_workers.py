@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from training.arguments import config_from_command_line
 from training.checkpoints import CheckpointStore, read_trainer_state
-from training.config import config_from_command_line
 from training.plan import micro_batches_per_step
 
 ENOUGH_SECONDS = 300  # for a job of a check, and for its processes to find each other

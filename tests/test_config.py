@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from training.config import ALLOWED_CHANGES, Config, ConfigError, make_config, parse_config, read_yaml
+from training.arguments import parse_config, read_yaml
+from training.config import ALLOWED_CHANGES, Config, ConfigError, make_config
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,35 +1,48 @@
 """What a user can set: one typed dataclass that is the command line, the YAML file and the saved config.yaml at once.
 
-Defaults < YAML file < command line. Everything that is wrong is collected and reported in one message, because a user who
-mends one flag per attempt is a user who leaves. This module imports neither torch nor transformers: `--help` must be instant.
+Everything that is wrong is collected and reported in one message, because a user who mends one flag per attempt is a user
+who leaves. This module imports neither torch nor transformers: `--help` must be instant.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
+import json
 import math
-import os
 import re
-import sys
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-DEMO_CONFIG = "configs/demo.yaml"
-ALLOWED_CHANGES = ("data", "template", "model", "seed", "schedule", "optimizer", "precision", "global_batch_size")
+from training.weights import parse_loss_weights
+
+ALLOWED_CHANGES = (
+    "data",
+    "template",
+    "model",
+    "seed",
+    "schedule",
+    "optimizer",
+    "objective",
+    "precision",
+    "global_batch_size",
+)
 
 
+LR_SCHEDULES = (
+    "cosine", "linear", "constant", "cosine_restarts", "wsd", "polynomial", "step", "multistep", "exponential",
+    "one_cycle", "mini_epoch",
+)  # fmt: skip
 SHAPE_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
+INTERVAL = re.compile(r"[1-9]\d*(epoch)?")
 DATA_FLAGS = (
     "prompt_field", "response_field", "system_field", "max_seq_len", "overlong", "bad_rows", "data_format", "train_on",
 )  # fmt: skip
 REQUEST_FLAGS = (
     "data_path", "val_data_path", "val_fraction", "seed", "packing", "repack", "files_per_epoch", "file_fraction",
-    "system_prompts", "system_prompt_ratio", "cache_dir", "tokenize_workers",
+    "system_prompts", "system_prompt_ratio", "cache_dir", "tokenize_workers", "max_tokens",
 )  # fmt: skip
 ALTERNATIVES = (
     ("warmup_steps", "warmup_ratio"),
@@ -50,13 +63,15 @@ class ConfigError(ValueError):
 
 def flag(
     default: Any, help: str, *, group: str, choices: tuple[str, ...] = (), minimum: float | None = None,
-    maximum: float | None = None, above: float | None = None, interval: bool = False,
+    maximum: float | None = None, above: float | None = None, interval: bool = False, mapping: bool = False,
 ) -> Any:  # fmt: skip
-    """A dataclass field that is also a command line flag; `above` is an exclusive lower bound."""
+    """A dataclass field that is also a command line flag.
+
+    `above` is an exclusive lower bound; a text with `mapping` may stand in YAML as a mapping of names to values.
+    """
+    kinds = {"choices": choices, "interval": interval, "mapping": mapping}
     bounds = {"minimum": minimum, "maximum": maximum, "above": above}
-    return field(
-        default=default, metadata={"help": help, "group": group, "choices": choices, "interval": interval, **bounds}
-    )
+    return field(default=default, metadata={"help": help, "group": group, **kinds, **bounds})
 
 
 @dataclass
@@ -77,6 +92,7 @@ class Config:
     max_seq_len: int = flag(1024, "tokens of a row; several samples are packed into one", group="data", minimum=2)
     packing: bool = flag(True, "lay samples end to end in rows; 0 = one sample per row (no row is ever padded)", group="data")
     repack: bool = flag(False, "lay the samples into rows afresh in each epoch", group="data")
+    max_tokens: int | None = flag(None, "train only samples of at most N tokens; longer ones are counted", group="data", minimum=2)
     files_per_epoch: int | None = flag(None, "files that an epoch draws from those of --data_path (default: all)", group="data", minimum=1)
     file_fraction: float = flag(1.0, "share of each file's samples that an epoch draws", group="data", above=0, maximum=1)
     overlong: str = flag("error", "what to do with a sample longer than a row", group="data", choices=("error", "drop", "truncate"))
@@ -97,24 +113,54 @@ class Config:
     num_key_value_heads: int | None = flag(None, "key/value heads, default half of the attention heads", group="model", minimum=1)
     intermediate_size: int | None = flag(None, "width of the MLP, default 3.25 x the hidden size, rounded up to 64", group="model", minimum=1)
     dropout: float = flag(0.0, "dropout probability while training", group="model", minimum=0, maximum=0.9)
+    init: str = flag("fan_in", "how new weights are drawn (Kaiming = He et al. 2015, Xavier = Glorot & Bengio 2010)", group="model", choices=("fan_in", "normal", "kaiming", "xavier"))
 
+    stages: str | None = flag(None, "table of stages (YAML or JSON), each a row of flags that replace those of the run; see docs/strategy.md", group="training")
     epochs: int = flag(2, "passes over the data", group="training", minimum=1)
     max_steps: int | None = flag(None, "steps of the whole run, replaces --epochs", group="training", minimum=1)
     batch_size: int = flag(16, "rows per rank and micro-batch", group="training", minimum=1)
     accumulation_steps: int = flag(1, "micro-batches per step", group="training", minimum=1)
     global_batch_size: int | None = flag(None, "rows per step over all ranks (default: batch_size x accumulation_steps x ranks at the first start)", group="training", minimum=1)
     learning_rate: float = flag(5e-4, "peak learning rate", group="training", above=0)
-    lr_schedule: str = flag("cosine", "shape of the learning rate after warmup", group="training", choices=("cosine", "linear", "constant"))
+    lr_schedule: str = flag("cosine", "shape of the learning rate after warmup", group="training", choices=LR_SCHEDULES)
     warmup_steps: int = flag(0, "steps of linear warmup", group="training", minimum=0)
     warmup_ratio: float = flag(0.0, "warmup as a share of all steps, instead of --warmup_steps", group="training", minimum=0, maximum=1)
-    min_lr_ratio: float = flag(0.1, "last learning rate as a share of the peak", group="training", minimum=0, maximum=1)
-    optimizer: str = flag("adamw", "optimizer (fused where the device has it)", group="training", choices=("adamw",))
+    min_lr_ratio: float = flag(0.1, "last learning rate as a share of the peak (not of step, multistep, exponential, mini_epoch)", group="training", minimum=0, maximum=1)
+    lr_cycles: int = flag(4, "cosine_restarts: cycles of a stage", group="training", minimum=1)
+    lr_decay_ratio: float = flag(0.2, "wsd: share of the steps in which it decays, at the end", group="training", above=0, maximum=1)
+    lr_power: float = flag(2.0, "polynomial: its power", group="training", above=0)
+    lr_interval: str | None = flag(None, "step, exponential: every N steps or 'Nepoch' it falls (default: 30epoch, 1epoch)", group="training", interval=True)
+    lr_gamma: float | None = flag(None, "step, multistep, exponential, mini_epoch: factor of each fall (default: 0.1, 0.1, 0.95, 0.95)", group="training", above=0, maximum=1)
+    lr_milestones: str = flag("", "multistep: comma-separated steps or 'Nepoch' after which it falls", group="training")
+    lr_peak_ratio: float = flag(0.3, "one_cycle: share of the steps before the peak", group="training", minimum=0, maximum=1)
+    lr_start_ratio: float | None = flag(None, "one_cycle, mini_epoch: first learning rate as a share of the peak (default: 0.04, 0.1)", group="training", above=0, maximum=1)
+    lr_warmup_epochs: int = flag(10, "mini_epoch: the peak is in the mini-epoch of this number", group="training", minimum=1)
+    lr_adapt: str = flag("none", "multiplier of the schedule that follows --monitor_metric: cut on a plateau, or adaptive to stagnation too", group="training", choices=("none", "plateau", "adaptive"))
+    adaptive_every: str | None = flag(None, "observe the mean training loss every N steps or 'Nepoch' instead of evaluations", group="training", interval=True)
+    lr_adapt_patience: int = flag(50, "observations without improvement before a cut", group="training", minimum=1)
+    lr_adapt_factor: float = flag(0.7, "factor of a cut on a plateau", group="training", above=0, maximum=1)
+    lr_adapt_threshold: float = flag(0.001, "what counts as an improvement; variance under which a loss stagnates", group="training", minimum=0)
+    lr_adapt_window: int = flag(20, "observations in which stagnation is looked for, and in which nothing changes after a change", group="training", minimum=3)
+    lr_adapt_boost: float = flag(1.5, "adaptive: factor where the loss stagnates", group="training", minimum=1)
+    lr_adapt_drop: float = flag(0.8, "adaptive: factor after --lr_adapt_drop_patience observations without improvement", group="training", above=0, maximum=1)
+    lr_adapt_drop_patience: int = flag(30, "adaptive: see --lr_adapt_drop", group="training", minimum=1)
+    min_lr: float = flag(1e-6, "no cut goes below this learning rate", group="training", minimum=0)
+    max_lr_factor: float = flag(3.0, "no boost goes beyond so many times the schedule", group="training", minimum=1)
+    optimizer: str = flag("adamw", "optimizer of torch.optim (fused where there is such a kernel)", group="training", choices=("adamw", "adam", "sgd", "adafactor", "muon"))
+    amsgrad: bool = flag(False, "adam, adamw: divide by the largest second moment so far", group="training")
+    momentum: float = flag(0.9, "sgd, muon: momentum", group="training", minimum=0, maximum=0.9999)
     weight_decay: float = flag(0.01, "decay of matrices (never of norms)", group="training", minimum=0)
     adam_beta1: float = flag(0.9, "decay of the gradient mean", group="training", minimum=0, maximum=0.9999)
     adam_beta2: float = flag(0.95, "decay of the squared gradient mean", group="training", minimum=0, maximum=0.99999)
     adam_eps: float = flag(1e-8, "added to the root of the squared gradient mean", group="training", above=0)
     grad_clip: float = flag(1.0, "largest gradient norm, 0 = no clipping", group="training", minimum=0)
     label_smoothing: float = flag(0.0, "share of the target probability spread over the vocabulary", group="training", minimum=0, maximum=0.5)
+    loss_weights: str = flag("", "weights of loss terms: 'z=1e-4', 'ce=1, z=linear(start, end, start_epoch, end_epoch)', exponential(start, end, decay_rate), cosine(min, max, period)", group="training", mapping=True)
+    neftune_alpha: float = flag(0.0, "uniform noise on the input embeddings (NEFTune, Jain et al. 2023), 5 is common", group="training", minimum=0)
+    gradient_penalty: float = flag(0.0, "weight of the squared gradient of the loss by the input embeddings (term gp)", group="training", minimum=0)
+    ema_decay: float | None = flag(None, "keep an exponential moving average of the weights and evaluate it too", group="training", above=0, maximum=0.999999)
+    early_stopping_patience: int | None = flag(None, "stop after so many evaluations without improvement of --monitor_metric", group="training", minimum=1)
+    early_stopping_min_delta: float = flag(0.001, "smallest change that counts as an improvement", group="training", minimum=0)
     seed: int = flag(42, "seed of weights, order and dropout", group="training", minimum=0, maximum=2**63 - 1)
 
     device: str = flag("auto", "auto = CUDA where there is one", group="hardware", choices=("auto", "cpu", "cuda"))
@@ -138,8 +184,11 @@ class Config:
     monitor_mode: str = flag("min", "whether small or large values of it are good", group="run", choices=("min", "max"))
     max_hours: float | None = flag(None, "save and stop before so many hours have passed since the start", group="run", above=0)
     eval_interval: str = flag("1epoch", "validate every N steps or every 'Nepoch'", group="run", interval=True)
+    eval_samples: int = flag(0, "held-out prompts that are answered for show and for eval/exact_match", group="run", minimum=0)
+    eval_samples_interval: int = flag(1, "evaluations from one such show to the next", group="run", minimum=1)
     eval_at_start: bool = flag(False, "validate once before the first step", group="run")
     log_interval: str = flag("100", "log every N steps or every 'Nepoch'", group="run", interval=True)
+    export_ema: bool = flag(False, "final/ holds the moving average of --ema_decay", group="run")
     export_dtype: str = flag("float32", "dtype of final/", group="run", choices=("float32", "bfloat16", "float16"))
     report_to: str = flag("none", "where metrics go besides metrics.jsonl", group="run", choices=("none", "wandb"))
     use_wandb: bool = flag(False, "same as --report_to wandb", group="run")
@@ -170,8 +219,25 @@ class Config:
         for name in ("shard_size", "cpu_offload"):
             if getattr(self, name) and self.strategy != "fsdp":
                 problems.append(f"--{name} belongs to --strategy fsdp")
-        if self.save_top_k and not (self.val_data_path or self.val_fraction or self.data_path == "demo"):
-            problems.append("--save_top_k needs held-out data: --val_data_path or --val_fraction")
+        needs_held_out = {
+            "save_top_k": self.save_top_k, "early_stopping_patience": self.early_stopping_patience,
+            "eval_samples": self.eval_samples,
+            "lr_adapt": self.lr_adapt != "none" and not self.adaptive_every,
+        }  # fmt: skip
+        if not (self.val_data_path or self.val_fraction or self.data_path == "demo"):
+            for name in (name for name, wanted in needs_held_out.items() if wanted):
+                problems.append(f"--{name} needs held-out data: --val_data_path or --val_fraction")
+        if self.export_ema and self.ema_decay is None:
+            problems.append("--export_ema needs --ema_decay")
+        if self.lr_schedule == "multistep" and not self.lr_milestones.strip():
+            problems.append("--lr_schedule multistep needs --lr_milestones")
+        for each in filter(None, (part.strip() for part in self.lr_milestones.split(","))):
+            if not INTERVAL.fullmatch(each):
+                problems.append(f"--lr_milestones {each}: write N (steps) or Nepoch, N a whole number from 1")
+        try:
+            parse_loss_weights(self.loss_weights)
+        except ValueError as error:
+            problems.append(str(error))
         if self.overwrite and self.from_resume != "0":
             problems.append("--overwrite 1 deletes the run that --from_resume would continue: choose one")
         for name in self.allowed_changes:
@@ -213,7 +279,7 @@ class Config:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
-def _types() -> dict[str, tuple[type, bool]]:
+def field_types() -> dict[str, tuple[type, bool]]:
     """Field name -> (plain type, whether None is allowed)."""
     result = {}
     for name, hint in typing.get_type_hints(Config).items():
@@ -222,7 +288,7 @@ def _types() -> dict[str, tuple[type, bool]]:
     return result
 
 
-def _convert(name: str, value: Any, plain: type, optional: bool) -> Any:
+def _convert(name: str, value: Any, plain: type, optional: bool, mapping: bool = False) -> Any:
     """The value in the field's type; text from the command line and scalars from YAML alike. Raises ValueError."""
     if value is None or (optional and value == "none"):
         if optional:
@@ -236,10 +302,14 @@ def _convert(name: str, value: Any, plain: type, optional: bool) -> Any:
             return False
         raise ValueError(f"--{name} {value}: not 0 or 1")
     if plain is str:
+        if name == "stages" and isinstance(value, list):
+            return json.dumps(value)
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             if torn := next((item for item in value if "," in item), None):
                 raise ValueError(f"--{name}: the comma in {torn!r} separates names, rename the file")
             return ",".join(value)
+        if mapping and isinstance(value, dict):
+            return ", ".join(f"{key}={item}" for key, item in value.items())
         if isinstance(value, (list, dict)):
             raise ValueError(f"--{name} {value}: not a single value")
         return str(int(value)) if isinstance(value, bool) else str(value)
@@ -260,7 +330,7 @@ def _field_problems(f: dataclasses.Field[Any], value: Any) -> list[str]:
         return []
     if m["choices"] and value not in m["choices"]:
         return [f"--{f.name} {value}: not one of {', '.join(m['choices'])}"]
-    if m["interval"] and not re.fullmatch(r"[1-9]\d*(epoch)?", value):
+    if m["interval"] and not INTERVAL.fullmatch(value):
         return [f"--{f.name} {value}: write N (steps) or Nepoch, N a whole number from 1"]
     if isinstance(value, float) and not math.isfinite(value):
         return [f"--{f.name} {value}: not a finite number"]
@@ -273,91 +343,22 @@ def _field_problems(f: dataclasses.Field[Any], value: Any) -> list[str]:
     return []
 
 
-def _not_replaced(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The file's values without those that say otherwise what the command line says."""
-    replaced = {name for pair in ALTERNATIVES if set(pair) & given.keys() for name in pair}
-    return {name: value for name, value in values.items() if name not in replaced}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, one flag per field; values stay text here and are converted together later."""
-    parser = argparse.ArgumentParser(
-        prog="train_full_sft.py",
-        description="Fine-tune a language model. Runs under torchrun and as plain python; without arguments it trains "
-        f"the embedded demo ({DEMO_CONFIG}).",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line wins")
-    parser.add_argument("--print_config", action="store_true", help="print the resulting configuration and exit")
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    types = _types()
-    for f in dataclasses.fields(Config):
-        title = f.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        plain, _ = types[f.name]
-        text = f.metadata["help"].replace("%", "%%")
-        if f.default is not None and f.default != "":
-            text += f" (default {int(plain(f.default)) if plain is bool else f.default})"
-        metavar = {bool: "0|1", int: "N", float: "X", str: "|".join(f.metadata["choices"]) or "TEXT"}[plain]
-        # Flags of 0/1 also work bare; --from_resume is one of them although it takes a path too.
-        bare: dict[str, Any] = {"nargs": "?", "const": "1"} if plain is bool or f.name == "from_resume" else {}
-        groups[title].add_argument(f"--{f.name}", metavar=metavar, help=text, default=argparse.SUPPRESS, **bare)
-    return parser
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file; raises ConfigError naming the file."""
-    import yaml
-
-    class StrictLoader(yaml.SafeLoader):
-        """Refuses a key given twice, which plain YAML loading resolves in silence, and aliases, which can multiply."""
-
-        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("aliases (*name) are not read here")
-            return super().compose_node(parent, index)
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-        keys = [loader.construct_object(key) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key} is given twice")
-        return {
-            key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)
-        }
-
-    StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        loader = StrictLoader(Path(path).read_text(encoding="utf-8"))
-        values = loader.get_single_data()
-    except OSError as error:
-        raise ConfigError([f"--config {path}: {error.strerror}"]) from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError([f"--config {path}: not valid YAML: {error}"]) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError([f"--config {path}: expected 'flag: value' lines, found {type(values).__name__}"])
-    return values
-
-
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, _types(), n=1)
+def unknown_flag(name: str) -> str:
+    near = difflib.get_close_matches(name, field_types(), n=1)
     return f"unknown flag --{name}" + (f" (did you mean --{near[0]}?)" if near else "")
 
 
 def make_config(values: dict[str, Any]) -> Config:
     """A Config from text or plain values; unknown names get the nearest known one. Raises ConfigError with all problems."""
-    types = _types()
+    types = field_types()
+    mappings = {f.name: f.metadata["mapping"] for f in dataclasses.fields(Config)}
     problems, converted = [], {}
     for name, value in values.items():
         if name not in types:
-            problems.append(_unknown(str(name)))
+            problems.append(unknown_flag(str(name)))
             continue
         try:
-            converted[name] = _convert(name, value, *types[name])
+            converted[name] = _convert(name, value, *types[name], mappings[name])
         except ValueError as error:
             problems.append(str(error))
     try:
@@ -369,40 +370,7 @@ def make_config(values: dict[str, Any]) -> Config:
     return config
 
 
-def parse_config(argv: list[str]) -> tuple[Config, bool]:
-    """The configuration of a command line and whether only printing was asked for. Raises ConfigError; exits on --help."""
-    known, unknown = build_parser().parse_known_args(argv)
-    given = vars(known)
-    path, only_print = given.pop("config"), given.pop("print_config")
-    if path is None and "data_path" not in given:
-        path = str(Path(__file__).resolve().parent.parent / DEMO_CONFIG)
-    problems = []
-    values: dict[str, Any] = {}
-    flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
-    problems += [_unknown(word.lstrip("-")) for word in flags] or [f"unexpected word {word!r}" for word in unknown]
-    try:
-        values = read_yaml(path) if path else {}
-    except ConfigError as error:
-        problems += error.problems
-    try:
-        config = make_config({**_not_replaced(values, given), **given})
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return config, only_print
-
-
-def config_from_command_line(argv: list[str] | None = None) -> Config:
-    """The configuration of this process; prints all problems and exits with 2, or prints the configuration and exits with 0."""
-    try:
-        config, only_print = parse_config(sys.argv[1:] if argv is None else argv)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-            print("see python train_full_sft.py --help", file=sys.stderr)
-        sys.exit(2)
-    if only_print:
-        print(config.to_yaml(), end="")
-        sys.exit(0)
-    return config
+def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Flags over those of a file, or of a file over those of its base; a flag replaces also its alternative."""
+    replaced = {name for pair in ALTERNATIVES if set(pair) & over.keys() for name in pair}
+    return {**{name: value for name, value in under.items() if name not in replaced}, **over}

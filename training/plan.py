@@ -2,33 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
-from training.config import Config
-from training.schedules import lr_factor, warmup_steps_of
+from training.schedules import LRSchedule, lr_factor, warmup_steps_of
+from training.stages import Stage
 from training.state import LoopState
+from training.weights import LossWeight, parse_loss_weights
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stage in its place: steps and epochs of the whole run, all counted before any change of the rows of a step."""
+
+    stage: Stage
+    window_rows: int  # rows of a step
+    first_epoch: int
+    steps_before: int
+    epoch_ends: list[int]  # steps of this stage after which its epochs end
+    length: int  # steps of the stage; more or less than the last of these ends where --max_steps says so
+    schedule: LRSchedule
+    weights: dict[str, LossWeight]
+
+    def lr(self, step: int) -> float:
+        factor = lr_factor(self.schedule, step, self.length, bisect_left(self.epoch_ends, step))
+        return self.stage.config.learning_rate * factor
+
+    def loss_weights(self, step: int) -> dict[str, float]:
+        epoch = bisect_left(self.epoch_ends, step)
+        start, end = ([0, *self.epoch_ends][epoch], [*self.epoch_ends, self.length][epoch])
+        done = epoch + (step - 1 - start) / max(1, end - start)
+        return {term: weight.at(done, self.stage.epochs) for term, weight in self.weights.items()}
 
 
 @dataclass(frozen=True)
 class Plan:
     """Counted in rows and steps over all ranks; how ranks and micro-batches share a step changes nothing here."""
 
+    spans: list[Span]
     rows_of: Callable[[int], int]  # rows of each epoch
-    window_rows: int  # rows of a step
     total_steps: int
     epochs: int  # that the run begins
     extra_steps: int  # steps done beyond what the position in the data takes at this window size, see make_plan
+    lr_shift: int  # as many of them as the learning rate does not count
     log_interval: str
     eval_interval: str
     save_interval: str
     save_evaluated: bool  # also what has just been evaluated
-    lr: Callable[[int], float]
+
+    def stage_of(self, epoch: int) -> int:
+        """The number of the stage, from 0, to which an epoch belongs."""
+        return bisect_right([span.first_epoch for span in self.spans], epoch) - 1
+
+    def span_of(self, epoch: int) -> Span:
+        return self.spans[self.stage_of(epoch)]
+
+    def window_rows(self, epoch: int) -> int:
+        """Rows of a step of this epoch."""
+        return self.span_of(epoch).window_rows
+
+    def lr(self, step: int) -> float:
+        span, own = self._at(step)
+        return span.lr(own)
+
+    def loss_weights(self, step: int) -> dict[str, float]:
+        """The weight of each loss term that has one; the others count once."""
+        span, own = self._at(step)
+        return span.loss_weights(own)
+
+    def _at(self, step: int) -> tuple[Span, int]:
+        """The stage of a step and the number of the step within it."""
+        planned = step - self.lr_shift
+        number = max(0, bisect_left([span.steps_before for span in self.spans], planned) - 1)
+        return self.spans[number], planned - self.spans[number].steps_before
 
     def steps_of(self, epoch: int, rows_done: int = 0) -> int:
         """Steps that an epoch takes from the row `rows_done` on."""
-        return _steps(self.rows_of(epoch) - rows_done, self.window_rows)
+        return _steps(self.rows_of(epoch) - rows_done, self.window_rows(epoch))
 
     def ends_epoch(self, state: LoopState) -> bool:
         return state.rows == self.rows_of(state.epoch)
@@ -51,39 +103,60 @@ class Plan:
         return state.epoch + state.rows / self.rows_of(state.epoch)
 
 
-def make_plan(config: Config, rows_of: Callable[[int], int], window_rows: int, state: LoopState) -> Plan:
-    """The plan from the position in `state` on.
+def make_plan(
+    stages: Sequence[Stage], rows_of: Callable[[int], int], window_rows: Sequence[int], state: LoopState
+) -> Plan:
+    """The plan of a run at the position in `state`; `window_rows` holds the rows of a step for each stage.
 
-    Step and position agree unless the rows of a step have changed on the way. Then `extra_steps` is the difference: a
-    run counted in epochs has as many steps left as its rows need, and its learning rate goes on from the same share of
-    them; a run counted in steps goes on counting.
+    Step and position agree unless the rows of a step have changed on the way, which only a run of one stage may do.
+    Then `extra_steps` is the difference: a run counted in epochs has as many steps left as its rows need, and its
+    learning rate goes on from the same share of them; a run counted in steps goes on counting.
     """
+    config, spans, epoch, steps = stages[0].config, list[Span](), 0, 0
+    for stage, rows in zip(stages, window_rows, strict=True):
+        first = epoch
+        ends = list(accumulate(_steps(rows_of(first + n), rows) for n in range(stage.epochs)))
+        alone = len(stages) == 1 and config.max_steps
+        length = config.max_steps if alone and config.max_steps else ends[-1]
+        spans.append(
+            Span(stage, rows, first, steps, ends, length, _schedule(stage, length), _loss_weights(stage))
+        )  # fmt: skip
+        epoch, steps = epoch + stage.epochs, steps + ends[-1]
 
-    def steps_of_first(epochs: int) -> int:
-        return sum(_steps(rows_of(epoch), window_rows) for epoch in range(epochs))
-
-    left_in_epoch = _steps(rows_of(state.epoch) - state.rows, window_rows)
-    extra_steps = state.step - (steps_of_first(state.epoch + 1) - left_in_epoch)
-    length, lr_shift = config.max_steps, 0
-    if length is None:
-        length, lr_shift = steps_of_first(config.epochs), extra_steps
-    total_steps, epochs, reached = length + lr_shift, 0, 0
+    span = spans[bisect_right([each.first_epoch for each in spans], state.epoch) - 1]
+    done_before = span.steps_before + sum(
+        _steps(rows_of(n), span.window_rows) for n in range(span.first_epoch, state.epoch + 1)
+    )
+    extra_steps = state.step - (done_before - _steps(rows_of(state.epoch) - state.rows, span.window_rows))
+    lr_shift = 0 if config.max_steps else extra_steps
+    total_steps = config.max_steps or steps + lr_shift
+    if len(spans) > 1:
+        total_steps = min(total_steps, steps)
+    epochs, reached = 0, 0
     while reached < total_steps - extra_steps:
-        reached += _steps(rows_of(epochs), window_rows)
+        rows = spans[bisect_right([each.first_epoch for each in spans], epochs) - 1].window_rows
+        reached += _steps(rows_of(epochs), rows)
         epochs += 1
-    warmup = warmup_steps_of(config.warmup_steps, config.warmup_ratio, length)
-
-    def lr(step: int) -> float:
-        factor = lr_factor(
-            step - lr_shift, length, schedule=config.lr_schedule, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio
-        )
-        return config.learning_rate * factor
-
     return Plan(
-        rows_of=rows_of, window_rows=window_rows, total_steps=total_steps, epochs=epochs, extra_steps=extra_steps,
-        log_interval=config.log_interval, eval_interval=config.eval_interval, save_interval=config.save_interval,
-        save_evaluated=config.save_top_k > 0, lr=lr,
+        spans=spans, rows_of=rows_of, total_steps=total_steps, epochs=epochs, extra_steps=extra_steps,
+        lr_shift=lr_shift, log_interval=config.log_interval, eval_interval=config.eval_interval,
+        save_interval=config.save_interval, save_evaluated=config.save_top_k > 0,
     )  # fmt: skip
+
+
+def _schedule(stage: Stage, length: int) -> LRSchedule:
+    config = stage.config
+    return LRSchedule(
+        kind=config.lr_schedule, warmup_steps=warmup_steps_of(config.warmup_steps, config.warmup_ratio, length),
+        floor=config.min_lr_ratio, cycles=config.lr_cycles, decay_ratio=config.lr_decay_ratio, power=config.lr_power,
+        interval=config.lr_interval, gamma=config.lr_gamma, peak_ratio=config.lr_peak_ratio,
+        start_ratio=config.lr_start_ratio, warmup_epochs=config.lr_warmup_epochs,
+        milestones=tuple(each.strip() for each in config.lr_milestones.split(",") if each.strip()),
+    )  # fmt: skip
+
+
+def _loss_weights(stage: Stage) -> dict[str, LossWeight]:
+    return parse_loss_weights(stage.config.loss_weights)
 
 
 def micro_batches_per_step(window_rows: int, world_size: int, batch_size: int) -> int:
@@ -95,24 +168,10 @@ def _steps(rows: int, window_rows: int) -> int:
     return -(-rows // window_rows)
 
 
-def share_of_a_step(config: Config, window_rows: int, world_size: int, micro_batches: int) -> str:
+def share_of_a_step(stage: Stage, window_rows: int, world_size: int, micro_batches: int) -> str:
     """How ranks and micro-batches share the rows of a step, and which flag gives way for it."""
+    config = stage.config
     shares = f"{world_size} processes x {micro_batches} micro-batches x at most {config.batch_size}"
     gives_way = config.accumulation_steps not in (1, micro_batches)
     reason = f"; --accumulation_steps {config.accumulation_steps} gives way" if gives_way else ""
     return f"{window_rows} rows ({shares}{reason})"
-
-
-def identity_of(config: Config, dtype: str, window_rows: int, model: str) -> dict[str, Any]:
-    """What decides the result of a run besides its data, under the names that --allow_change takes."""
-    length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epochs"
-    warmup = config.warmup_steps or config.warmup_ratio
-    return {
-        "model": f"{model}, dropout {config.dropout}, from {config.from_weight}",
-        "seed": config.seed,
-        "schedule": f"{config.lr_schedule} {config.learning_rate} x {config.min_lr_ratio}, warmup {warmup}, {length}",
-        "optimizer": f"{config.optimizer} {config.adam_beta1} {config.adam_beta2} {config.adam_eps}, "
-        f"decay {config.weight_decay}, clip {config.grad_clip}, smoothing {config.label_smoothing}",
-        "precision": dtype,
-        "global_batch_size": window_rows,
-    }

@@ -40,8 +40,9 @@ from tests.small_world import log_of, sign_again, train, write_rows
 from tests.test_chat import PLAIN, byte_tokenizer, turns
 from train_full_sft import EXIT_CODES
 from trainer_utils import Processes, blocks_to_write, load_checkpoint, named_optimizer_state, named_weights
+from training.arguments import read_yaml
 from training.checkpoints import CheckpointStore, open_shards, read_trainer_state, verify
-from training.config import make_config, read_yaml
+from training.config import make_config
 from training.metrics import read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -25,7 +25,7 @@ STORE, OTHER = "10.77.0.2", "10.77.0.1"
 DIARY = """
 import json, os, time
 import trainer
-from training.config import config_from_command_line
+from training.arguments import config_from_command_line
 
 original, world = trainer.train_step, int(os.environ["WORLD_SIZE"])
 

@@ -1,0 +1,44 @@
+"""What decides the result of a run besides its data: a resume refuses what is not as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from training.config import Config
+from training.stages import STAGE_FLAGS, Stage
+
+SCHEDULE_FLAGS = (
+    *(name for name in STAGE_FLAGS if name.startswith(("lr_", "warmup_")) or name.endswith(("_rate", "_ratio"))),
+    "max_steps", "lr_adapt", "adaptive_every", "lr_adapt_patience", "lr_adapt_factor", "lr_adapt_threshold",
+    "lr_adapt_window", "lr_adapt_boost", "lr_adapt_drop", "lr_adapt_drop_patience", "min_lr", "max_lr_factor",
+    "early_stopping_patience", "early_stopping_min_delta",
+)  # fmt: skip
+OPTIMIZER_FLAGS = (
+    "optimizer", "adam_beta1", "adam_beta2", "adam_eps", "amsgrad", "momentum", "weight_decay", "grad_clip",
+    "ema_decay",
+)  # fmt: skip
+OBJECTIVE_FLAGS = ("label_smoothing", "loss_weights", "neftune_alpha", "gradient_penalty")
+
+
+def identity_of(stages: Sequence[Stage], dtype: str, window_rows: Sequence[int], model: str) -> dict[str, Any]:
+    """The texts to compare, under the names that --allow_change takes."""
+    config = stages[0].config
+    return {
+        "model": f"{model}, dropout {config.dropout}, from {config.from_weight}, {config.init}",
+        "seed": config.seed,
+        "schedule": " | ".join(f"{_said(stage.config, SCHEDULE_FLAGS)}, {stage.epochs} epochs" for stage in stages),
+        "optimizer": _said(config, OPTIMIZER_FLAGS),
+        "objective": " | ".join(_said(stage.config, OBJECTIVE_FLAGS) for stage in stages),
+        "precision": dtype,
+        "global_batch_size": " | ".join(map(str, window_rows)),
+    }
+
+
+def _said(config: Config, names: Iterable[str]) -> str:
+    """The flags that are not as they would be anyway, and the first of them always."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    first, *more = names
+    said = [first, *(name for name in more if getattr(config, name) != defaults[name])]
+    return ", ".join(f"{name} {getattr(config, name)}" for name in said)

@@ -1,0 +1,105 @@
+"""The stage table: a run is a list of rows, each the configuration of the run with some of its flags replaced.
+
+The plain run is a table of one row. The pattern of an outer loop over learning schedules and an inner loop over
+mini-epochs is a row with `repeats` and `mini_epochs`; both together are epochs of the one loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.config import Config, ConfigError, make_config, overlay
+from training.yaml_files import parse_yaml
+
+# What a row may say besides its name, description, repeats and mini_epochs.
+STAGE_FLAGS = (
+    "learning_rate", "lr_schedule", "warmup_steps", "warmup_ratio", "min_lr_ratio", "lr_cycles", "lr_decay_ratio",
+    "lr_power", "lr_interval", "lr_gamma", "lr_milestones", "lr_peak_ratio", "lr_start_ratio", "lr_warmup_epochs",
+    "loss_weights", "batch_size", "accumulation_steps", "global_batch_size", "max_seq_len", "data_path", "max_tokens",
+    "files_per_epoch", "file_fraction",
+)  # fmt: skip
+OWN_KEYS = ("name", "description", "repeats", "mini_epochs")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table, complete."""
+
+    name: str
+    description: str
+    epochs: int  # repeats x mini_epochs
+    config: Config
+
+
+def read_stages(config: Config) -> list[Stage]:
+    """The rows of --stages, a file or its text; without it the run itself. Raises ConfigError with all problems."""
+    if config.stages is None:
+        return [Stage("train", "", config.epochs, config)]
+    place, rows = _rows_of(config.stages)
+    stages: list[Stage] = []
+    problems: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{place}, row {number}"
+        if not isinstance(row, dict):
+            problems.append(f"{where}: expected 'flag: value' lines, found {type(row).__name__}")
+            continue
+        name = str(row.get("name", f"stage {number}"))
+        where += f" ({name})"
+        counts = {key: row.get(key, 1) for key in ("repeats", "mini_epochs")}
+        wrong = [key for key, n in counts.items() if not isinstance(n, int) or isinstance(n, bool) or n < 1]
+        problems += [f"{where}: {key} {counts[key]} is no whole number from 1" for key in wrong]
+        flags = {key: value for key, value in row.items() if key not in OWN_KEYS}
+        foreign = [key for key in flags if key not in STAGE_FLAGS]
+        problems += [f"{where}: {key} is none of {', '.join((*OWN_KEYS, *STAGE_FLAGS))}" for key in foreign]
+        if name in {stage.name for stage in stages}:
+            problems.append(f"{where}: the name is given twice")
+        try:
+            epochs = 1 if wrong else counts["repeats"] * counts["mini_epochs"]
+            given = {key: value for key, value in flags.items() if key not in foreign}
+            merged = make_config(overlay(_given(config), {**given, "epochs": epochs}))
+            stages.append(Stage(name, str(row.get("description", "")), epochs, merged))
+        except ConfigError as error:
+            problems += [f"{where}: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return stages
+
+
+def stages_as_text(stages: list[Stage], first: Config) -> str:
+    """The table with every flag in which a row differs from the run, as --stages takes it."""
+    rows = []
+    for stage in stages:
+        own = {name: getattr(stage.config, name) for name in STAGE_FLAGS}
+        rows.append({
+            "name": stage.name, "description": stage.description, "mini_epochs": stage.epochs,
+            **{name: value for name, value in own.items() if value != getattr(first, name)},
+        })  # fmt: skip
+    return json.dumps(rows)
+
+
+def _given(config: Config) -> dict[str, Any]:
+    """What of the configuration of a run a row may build on: all that is not as it would be anyway."""
+    given = [f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
+    return {f.name: getattr(config, f.name) for f in given if f.name not in ("stages", "max_steps")}
+
+
+def _rows_of(text: str) -> tuple[str, list[Any]]:
+    """Where the table stands, and its rows. Raises ConfigError."""
+    if text.lstrip().startswith("["):
+        place, content = "--stages", text
+    else:
+        place = f"--stages {text}"
+        try:
+            content = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError([f"{place}: cannot be read: {error}"]) from None
+    rows = parse_yaml(content, place)
+    if isinstance(rows, dict) and rows.keys() == {"stages"}:
+        rows = rows["stages"]
+    if not isinstance(rows, list) or not rows:
+        raise ConfigError([f"{place}: expected a list of stages"])
+    return place, rows
