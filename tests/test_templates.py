@@ -255,7 +255,9 @@ def test_the_time_limit_never_goes_off_in_the_lines_that_end_it(monkeypatch):
 
     def unwinds_slowly(depth):
         try:
-            return unwinds_slowly(depth + 1) if depth < 500 else sum(1 for _ in range(10**9))
+            while depth == 500:
+                pass
+            unwinds_slowly(depth + 1)
         finally:
             sum(range(3000))
 
