@@ -2,16 +2,18 @@
 
 import random
 import re
+import signal
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dataset.template
 from dataset.chat import ChatRenderer
 from dataset.files import RowError
 from dataset.reader import Conversation, UnsafeDataError
-from dataset.template import ChatTemplate, looks_only_back
+from dataset.template import ChatTemplate, limits, looks_only_back
 from model.choose import OWN_TOKENIZER, load_tokenizer
 from tests.test_chat import CONTROLS, PLAIN, byte_tokenizer, random_conversation
 
@@ -243,3 +245,22 @@ def test_any_text_is_trained_as_it_was_written(which, pairs, system):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert (sample.ids == end).sum() == len(messages)  # what the text spells is text
     assert sample.ids[-1] == end and sample.supervised[-1]
+
+
+def test_the_time_limit_never_goes_off_in_the_lines_that_end_it(monkeypatch):
+    """A second alarm there would leave the block by an error that nobody knows, and its timers running."""
+    monkeypatch.setattr(dataset.template, "SECONDS", 0.01)
+    set_timer = signal.setitimer
+    monkeypatch.setattr(signal, "setitimer", lambda which, first, again=0.0: set_timer(which, first, again and 0.001))
+
+    def unwinds_slowly(depth):
+        try:
+            while depth == 500:
+                pass
+            unwinds_slowly(depth + 1)
+        finally:
+            sum(range(3000))
+
+    for _ in range(300):
+        with pytest.raises(UnsafeDataError, match="took more than"), limits():
+            unwinds_slowly(0)
