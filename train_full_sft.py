@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from dataset.chat import show
 from dataset.ledger import report_lines
-from dataset.load import DataRequest, batches_of, fetch_windows, load_rows, make_loader, write_rejects
+from dataset.load import DataRequest, RunData, batches_of, fetch_windows, load_rows, make_loader, write_rejects
 from dataset.prepare import DataOptions
 from dataset.reader import DataError, UnsafeDataError
 from dataset.rows import FILLER, PackedRows, collate
@@ -103,7 +103,7 @@ from training.process import (
     use_deterministic_kernels,
 )
 from training.records import Meter, RunRecords, StateFile, duration, peak_flops
-from training.stages import read_stages, resolve
+from training.stages import Stage, read_stages, resolve
 from training.start import Start, announce_clearing, clear_run, decide_start, refuse_changes, restarts_by_torchrun
 from training.state import LoopState, NonFiniteError
 from training.sums import Sums, add_to, token_means
@@ -358,12 +358,8 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
     tokenizer_source = choose_tokenizer(config.tokenizer, from_weight)
     tokenizer = load_tokenizer(tokenizer_source, config.chat_template)
     stages = read_stages(config)
-    requests = [
-        (DataRequest(**c.data_request, options=DataOptions(**c.data_options)), stage.epochs)
-        for stage, c in ((stage, stage.config) for stage in stages)
-    ]
-    data = load_rows(
-        requests[0][0], tokenizer, owner=local_rank == 0, echo=logger.info, stages=requests,
+    data = load_data(
+        config, stages, tokenizer, owner=local_rank == 0, echo=logger.info,
         rejects_file=save_dir / "rejects.jsonl" if keeps_records else None,
     )  # fmt: skip
 
@@ -568,6 +564,16 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
     close_processes(processes)
     status = "completed" if not reason else "preempted" if reason == PREEMPTED else "stopped"
     return {"status": status, "step": state.step, **records.last_eval}
+
+
+def load_data(config: Config, stages: list[Stage], tokenizer: Any, **how: Any) -> RunData:
+    """The data of a run and its stages; `how` goes to dataset.load.load_rows."""
+    settings = [(stage.config, stage.epochs) for stage in stages]
+    requests = [
+        (DataRequest(**each.data_request, options=DataOptions(**each.data_options)), epochs)
+        for each, epochs in settings
+    ]
+    return load_rows(requests[0][0], tokenizer, stages=requests, **how)
 
 
 def rehearse(
