@@ -5,8 +5,8 @@
 
 The space is a YAML file: a flag and what it may be, `learning_rate: {low: 1.0e-5, high: 1.0e-3, log: true}`,
 `batch_size: {low: 4, high: 32, step: 4}` or `lr_schedule: {choices: [cosine, wsd]}`. All other flags are those of the
-trainer and hold for every trial. Trials are kept in `study.db` (SQLite): the same command goes on where it was stopped. A trial whose
-evaluations fall behind the median of the others is ended early.
+trainer and hold for every trial. Trials are kept in `study.db` (SQLite): the same command goes on where it was stopped.
+A trial whose evaluations fall behind the median of the others is ended early.
 """
 
 from __future__ import annotations
