@@ -51,8 +51,9 @@ def load_tokenizer(source: str, chat_template: str | None = None) -> PreTrainedT
 
 
 def choose_model(
-    from_weight: str, shape: dict[str, int], dropout: float, seed: int, vocab_size: int, empty: bool = False
-) -> nn.Module:
+    from_weight: str, shape: dict[str, int], dropout: float, seed: int, vocab_size: int, empty: bool = False,
+    init: str = "fan_in",
+) -> nn.Module:  # fmt: skip
     """New weights of the wanted shape, or those of a directory or Hub id, which must then agree with the wanted shape.
 
     `empty`: on the meta device, for `fill_model` to fill where it has been sharded. Raises ValueError with every
@@ -60,7 +61,7 @@ def choose_model(
     """
     if from_weight == NEW:
         config = DecoderConfig(vocab_size=vocab_size, dropout=dropout, **shape)
-        return build_skeleton(config) if empty else build_model(config, seed)
+        return build_skeleton(config) if empty else build_model(config, seed, init)
     model = load_skeleton(from_weight, dropout) if empty else load_model(from_weight, dropout)
     if dropout and not isinstance(model, Decoder):
         raise ValueError(
@@ -79,13 +80,15 @@ def choose_model(
     return model
 
 
-def fill_model(model: Any, from_weight: str, seed: int, part_of: PartOf, tolerance: float) -> None:
+def fill_model(
+    model: Any, from_weight: str, seed: int, part_of: PartOf, tolerance: float, init: str = "fan_in"
+) -> None:
     """Give an empty model the weights that `choose_model` would have, of each tensor the part that is held here.
 
     `tolerance` is that of `check_isolation`, larger where the model computes in half precision.
     """
     if from_weight == NEW:
-        model.initialise(torch.Generator().manual_seed(seed), part_of)
+        model.initialise(torch.Generator().manual_seed(seed), part_of, init)
         return
     fill_from_files(model, from_weight, part_of)
     if not isinstance(model, Decoder):

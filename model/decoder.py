@@ -144,13 +144,17 @@ class Decoder(LanguageModel):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator, part_of: PartOf = whole) -> None:
+    def initialise(self, generator: torch.Generator, part_of: PartOf = whole, init: str = "fan_in") -> None:
         """Fill all weights from a CPU generator in parameter order, so that no device and no global seed plays a part.
 
-        Embedding: normal(0, initializer_range). Projections: normal(0, 1 / sqrt(inputs)), which keeps the variance of
-        what passes through at any width (LeCun et al. 1998); those that write into the residual stream are divided by
-        sqrt(2 x layers), which keeps its variance at any depth (Radford et al. 2019). Where a process holds a part of a
-        tensor, the whole is drawn and the part is kept, so that all ways to share a model start from the same numbers.
+        Embedding: normal(0, initializer_range). Projections: normal(0, std), where std is by `init`
+        - fan_in: 1 / sqrt(inputs), which keeps the variance of what passes through at any width (LeCun et al. 1998)
+        - normal: initializer_range
+        - kaiming: sqrt(2 / inputs), the gain of ReLU (He et al. 2015, eq. 10)
+        - xavier: sqrt(2 / (inputs + outputs)) (Glorot & Bengio 2010, eq. 12)
+        With each of them, those that write into the residual stream are divided by sqrt(2 x layers), which keeps its
+        variance at any depth (Radford et al. 2019). Where a process holds a part of a tensor, the whole is drawn and
+        the part is kept, so that all ways to share a model start from the same numbers.
         """
         for name, parameter in self.named_parameters():
             part, begin = part_of(parameter)
@@ -163,7 +167,12 @@ class Decoder(LanguageModel):
             else:
                 writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 depth = 2 * self.config.num_hidden_layers if writes_residual else 1
-                part.copy_(draw / math.sqrt(parameter.shape[1] * depth))
+                outputs, inputs = parameter.shape
+                precision = {
+                    "fan_in": inputs, "normal": self.config.initializer_range**-2, "kaiming": inputs / 2,
+                    "xavier": (inputs + outputs) / 2,
+                }[init]  # fmt: skip
+                part.copy_(draw / math.sqrt(precision * depth))
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attends: Sequence[Attend]) -> Tensor:
         """Final normalised states (T, hidden) of T tokens; `attends` holds one attention function per layer."""

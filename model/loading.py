@@ -33,10 +33,10 @@ def build_skeleton(config: DecoderConfig) -> Decoder:
         return Decoder(config)
 
 
-def build_model(config: DecoderConfig, seed: int) -> Decoder:
-    """A float32 decoder on the CPU whose weights depend on the configuration and the seed alone."""
+def build_model(config: DecoderConfig, seed: int, init: str = "fan_in") -> Decoder:
+    """A float32 decoder on the CPU whose weights depend on the configuration, the seed and `init` alone."""
     decoder = Decoder(config)
-    decoder.initialise(torch.Generator().manual_seed(seed))
+    decoder.initialise(torch.Generator().manual_seed(seed), init=init)
     return decoder
 
 

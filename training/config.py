@@ -50,6 +50,7 @@ ALTERNATIVES = (
     ("epochs", "max_steps"),
     ("accumulation_steps", "global_batch_size"),
 )
+WHOLE_TENSORS = ("adafactor", "muon")  # optimizers whose update is not the same where a tensor is shared out
 LOADING_FLAGS = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
 
 
@@ -219,6 +220,15 @@ class Config:
         for name in ("shard_size", "cpu_offload"):
             if getattr(self, name) and self.strategy != "fsdp":
                 problems.append(f"--{name} belongs to --strategy fsdp")
+        if self.optimizer in WHOLE_TENSORS and self.strategy == "fsdp":
+            problems.append(
+                f"--optimizer {self.optimizer} needs whole tensors, which --strategy fsdp shares out: take --strategy "
+                "ddp, or --optimizer adamw"
+            )
+        if self.amsgrad and self.optimizer not in ("adam", "adamw"):
+            problems.append("--amsgrad belongs to --optimizer adam or adamw")
+        if self.init != "fan_in" and self.from_weight != "none":
+            problems.append(f"--init {self.init} draws new weights, and --from_weight {self.from_weight} has some")
         needs_held_out = {
             "save_top_k": self.save_top_k, "early_stopping_patience": self.early_stopping_patience,
             "eval_samples": self.eval_samples,

@@ -47,8 +47,8 @@ def _constant(_schedule: LRSchedule, _step: int, _steps: int, _epoch: int) -> fl
 
 
 def _linear(schedule: LRSchedule, step: int, steps: int, _epoch: int) -> float:
-    """1 - (1 - floor) p with the progress p = step / steps."""
-    return 1.0 - (1.0 - schedule.floor) * (step / steps)
+    """floor + (1 - floor) (1 - p) with the progress p = step / steps; so written, the last step is at the floor exactly."""
+    return schedule.floor + (1.0 - schedule.floor) * (1.0 - step / steps)
 
 
 def _cosine(schedule: LRSchedule, step: int, steps: int, _epoch: int) -> float:
@@ -64,8 +64,7 @@ def _cosine_restarts(schedule: LRSchedule, step: int, steps: int, _epoch: int) -
 
 def _wsd(schedule: LRSchedule, step: int, steps: int, _epoch: int) -> float:
     """Warmup, stable, decay (Hu et al. 2024): 1, and over the last `decay_ratio` of the steps linear to the floor."""
-    decaying = (step / steps - (1.0 - schedule.decay_ratio)) / schedule.decay_ratio
-    return 1.0 - (1.0 - schedule.floor) * max(0.0, decaying)
+    return schedule.floor + (1.0 - schedule.floor) * min(1.0, (1.0 - step / steps) / schedule.decay_ratio)
 
 
 def _polynomial(schedule: LRSchedule, step: int, steps: int, _epoch: int) -> float:
@@ -95,7 +94,7 @@ def _one_cycle(schedule: LRSchedule, step: int, steps: int, _epoch: int) -> floa
     """
     start, peak = 0.04 if schedule.start_ratio is None else schedule.start_ratio, schedule.peak_ratio * steps - 1
     if step - 1 <= peak:
-        return 1.0 + start - _fall(start, (step - 1) / peak) if peak > 0 else 1.0
+        return _fall(start, 1.0 - (step - 1) / peak) if peak > 0 else 1.0
     return _fall(schedule.floor, (step - 1 - peak) / (steps - 1 - peak))
 
 
