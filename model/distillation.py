@@ -39,7 +39,7 @@ def make_distillation_objective(
         hard = sft_terms(batch["targets"], label_smoothing if student.training else 0.0, z)
         place = batch["input_ids"].device.type
         with torch.no_grad(), torch.autocast(place, enabled=False):
-            states, head = teacher.supervised_states(batch)  # of both models only these are ever whole
+            states, head = teacher.supervised_states(batch)  # logits come in chunks, from both models
 
         def terms(logits: Tensor, positions: slice) -> dict[str, Tensor]:
             with torch.no_grad(), torch.autocast(place, enabled=False):
@@ -78,7 +78,7 @@ def check_teacher(
 ) -> None:
     """Raises ValueError that names the first thing in which the two vocabularies differ: a token's id has to mean one.
 
-    The students' logits and the teacher's are compared entry by entry, those beyond the tokenizers' included.
+    The student's logits and the teacher's are compared entry by entry, those beyond the tokenizers' included.
     """
     tokenizers = student_tokenizer, teacher_tokenizer
     by_id = [{number: token for token, number in each.get_vocab().items()} for each in tokenizers]

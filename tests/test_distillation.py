@@ -161,9 +161,8 @@ def test_the_teacher_is_left_as_it_is():
     teacher.model.layers[0].register_forward_pre_hook(lambda _module, args: asked.append(args[0].detach().clone()))
     objective = make_distillation_objective(teacher, 0.7, 4.0, neftune_alpha=5.0, gradient_penalty=True)
     sums, gradients = zip(*(sums_and_gradients(objective, dropout=0.1) for _ in range(2)), strict=True)
-    assert torch.equal(asked[0], asked[1]) and torch.equal(
-        asked[0], before["model.embed_tokens.weight"][BATCH["input_ids"]]
-    )
+    looked_up = before["model.embed_tokens.weight"][BATCH["input_ids"]]
+    assert torch.equal(asked[0], looked_up) and torch.equal(asked[1], looked_up)
     assert torch.equal(sums[0]["kd"], sums[1]["kd"]) and sums[0].keys() == {"ce", "kd", "correct", "gp"}
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     assert all(parameter.grad is None for parameter in teacher.parameters()) and not teacher.training
