@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from model.attention import document_attention, rotary_angles, rotate
-from model.input_embeddings import LanguageModel
-from model.losses import Head, Terms, supervised_terms
+from model.input_embeddings import Head, LanguageModel
+from model.losses import Terms, supervised_terms
 from model.norm import RMSNorm
 from model.parts import PartOf, block, recompute_in_backward, whole
 
@@ -190,8 +190,6 @@ class Decoder(LanguageModel):
         return supervised_terms(*self.supervised_states(batch), self.vocab_size, terms)
 
     def supervised_states(self, batch: dict) -> tuple[Tensor, Head]:
-        """States (S, hidden) at the supervised positions of a batch, and what makes logits (S, V) of them."""
-
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return document_attention(q, k, v, batch["cu_seqlens"], batch["document_lengths"])
 

@@ -12,10 +12,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from model.norm import RMSNorm
 
 Objective = Callable[[nn.Module, dict], dict[str, Tensor]]
+Head = Callable[[Tensor], Tensor]
 
 
 class LanguageModel(nn.Module):
-    """A model whose input embeddings can be reached, also through what it is wrapped in."""
+    """What objectives use of a model besides `model(batch, terms)`."""
+
+    vocab_size: int
+
+    def supervised_states(self, batch: dict) -> tuple[Tensor, Head]:
+        """States (S, hidden) at the supervised positions of a batch, and what makes logits (S, V) of them."""
+        raise NotImplementedError
 
     def input_embeddings(self) -> nn.Module:
         """The module that looks tokens up: ids (..., T) -> (..., T, hidden)."""

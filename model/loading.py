@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from model.attention import document_attention
 from model.decoder import Decoder, DecoderConfig
-from model.input_embeddings import LanguageModel
-from model.losses import Head, Terms, supervised_terms
+from model.input_embeddings import Head, LanguageModel
+from model.losses import Terms, supervised_terms
 from model.parts import PartOf, block, recompute_in_backward, whole
 from model.trust import read_object, refuse_unsafe_weights
 
@@ -297,10 +297,7 @@ class HFCausalLM(LanguageModel):
         return supervised_terms(states, head, self.vocab_size, terms)
 
     def supervised_states(self, batch: dict) -> tuple[Tensor, Head]:
-        """States (S, hidden) at the supervised positions of a batch, and what makes logits (S, V) of them.
-
-        Where a family does more than that between the two, the states are the logits.
-        """
+        """As declared; where a family does more between states and logits than a head, the states are the logits."""
         positions = batch["supervised_positions"]
         arguments = {
             "input_ids": batch["input_ids"][None],

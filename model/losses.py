@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.input_embeddings import Objective, on_embeddings
+from model.input_embeddings import Head, Objective, on_embeddings
 
 # (logits (s, V), slice of the batch's targets that they belong to) -> sums over those s positions.
 Terms = Callable[[Tensor, slice], dict[str, Tensor]]
-Head = Callable[[Tensor], Tensor]
 
 # Logit elements alive at once. Above it the logits are made chunk by chunk and remade in the backward pass, which costs
 # one more multiplication by the head and keeps memory flat; at 2^26 a chunk's float32 logits are 256 MiB.
