@@ -9,9 +9,10 @@ import os
 from pathlib import Path
 
 from training.config import SHAPE_FLAGS, Config, config_from_command_line
-from training.lock import lock_or_exit, lock_run
+from training.lock import EXIT_INTERRUPTED, exit_on_ctrl_c, lock_or_exit, lock_run
 
 if __name__ == "__main__":  # before torch is imported, so that --help, a wrong flag, a taken directory need no waiting
+    CTRL_C = exit_on_ctrl_c()
     CONFIG = config_from_command_line()
     if os.environ.get("RANK", "0") == "0" and not CONFIG.dry_run:
         LOCK = lock_or_exit(Path(CONFIG.save_dir))
@@ -20,6 +21,7 @@ import contextlib
 import itertools
 import logging
 import math
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -96,10 +98,10 @@ from training.process import (
     use_deterministic_kernels,
 )
 from training.records import Meter, RunRecords, StateFile, duration, peak_flops
-from training.start import Start, announce_clearing, clear_run, decide_start, refuse_changes, restarts_by_torchrun
+from training.start import Start, begin, decide_start, has_begun, refuse_changes
 from training.state import LoopState, NonFiniteError
 from training.sums import Sums, token_means
-from training.watchdog import FIRST_FACTOR, Watchdog
+from training.watchdog import EXIT_HANG, FIRST_FACTOR, Watchdog
 
 logger = logging.getLogger("train")
 
@@ -108,7 +110,8 @@ Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 REFUSED = dict.fromkeys((UnsafeDataError, UnsafeModelError, UnsafeCheckpointError), 77)  # first: each is one of these
 EXIT_CODES = {**REFUSED, DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
-EXIT_BUG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 70, 75, 130
+EXIT_BUG, EXIT_PREEMPTED = 70, 75
+LOST_PEER = "another process of the job is gone, see its message"
 
 
 @dataclass
@@ -309,14 +312,16 @@ def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
     setup_logging(rank)
     save_dir = Path(config.save_dir)
     lock = lock_run(save_dir) if rank == 0 and not config.dry_run else None  # until this function ends
-    start = decide_start(save_dir, config.from_resume, config.overwrite, restarts_by_torchrun())
-    if start.clears and lock:
-        announce_clearing(save_dir)
+    start = decide_start(save_dir, config.from_resume, config.overwrite, has_begun(save_dir))
+    if lock:
+        StateFile(save_dir / "state.json").say("pending", start.clears)
     try:
         return run_job(config, start, objective)
     except Exception as error:
         if lock:
-            StateFile(save_dir / "state.json").fail(f"{type(error).__name__}: {error}", exit_code_of(error))
+            reason = LOST_PEER if is_lost_peer(error) else f"{type(error).__name__}: {error}"
+            ended = {"exit_reason": reason, "exit_code": exit_code_of(error)}
+            StateFile(save_dir / "state.json").say("failed", start.clears, **ended)
         raise
 
 
@@ -375,6 +380,8 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
     checkpoint = find_checkpoint(start.checkpoint, store, verify, processes) if start.resumes else None
     saved = read_trainer_state(checkpoint) if checkpoint else {}
     state = LoopState.from_dict(saved["loop"], processes.is_main) if checkpoint else LoopState()
+    # Not where a run branches off another one, or goes back to a version that was set aside.
+    in_place = checkpoint is not None and checkpoint.resolve() == store.path(state.step).resolve()
     rows_at_first_start = config.batch_size * config.accumulation_steps * world_size
     window_rows = config.global_batch_size or saved.get("global_batch_size", rows_at_first_start)
     micro_batches = micro_batches_per_step(window_rows, world_size, config.batch_size)
@@ -387,7 +394,7 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
                        config.log_interval, config.eval_interval, config.strategy)  # fmt: skip
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
-        if start.continues and state.step >= plan.total_steps and (save_dir / "final").exists():
+        if start.continues and in_place and state.step >= plan.total_steps and (save_dir / "final").exists():
             logger.info(
                 "%s is finished, nothing to do. More epochs: --allow_change schedule; a new run on the result: "
                 "--from_weight %s/final with another --save_dir", save_dir, save_dir,
@@ -428,9 +435,8 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
         "config": asdict(resolved),
     }
     if processes.is_main:
-        if start.clears:
-            clear_run(save_dir)
-        store.set_aside_newer(state.step, warn=logger.warning)
+        begin(save_dir, start.clears)
+        store.set_aside_from(state.step + (state.step == 0 or in_place), warn=logger.warning)
         write_rejects(save_dir / "rejects.jsonl", data.rejects)
         write_descriptions(save_dir, resolved, data.report, device_name, world_size, torch.get_num_threads())
     body, head = model.parameter_counts()
@@ -438,11 +444,12 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
     if processes.is_main and config.reports_to_wandb:
         wandb = partial(WandbSink, config.wandb_project, constants["wandb_id"], save_dir, asdict(resolved))
         records.metrics.follow(wandb)
-    watchdog = Watchdog(config.group_timeout_seconds, on_hang=partial(records.status, "failed"))
+    watchdog = Watchdog(config.group_timeout_seconds, on_hang=partial(records.status, "failed", exit_code=EXIT_HANG))
     learner.beat = watchdog.beat
     checkpointer = Checkpointer(
-        store, model, optimizer, scaler, state, constants, processes, records.event, config.async_save, watchdog.beat
-    )
+        store, model, optimizer, scaler, state, constants, processes, records.event, config.async_save, watchdog.beat,
+        is_saved=in_place or state.step == 0,
+    )  # fmt: skip
 
     def save(last: bool = False) -> None:
         records.metrics.sync()  # or a power cut could take lines that come before the checkpoint
@@ -535,7 +542,7 @@ def main(config: Config) -> int:
         return EXIT_INTERRUPTED
     except Exception as error:
         if is_lost_peer(error):
-            logger.error("stopped: another process of the job is gone, see its message")
+            logger.error("stopped: %s", LOST_PEER)
         elif isinstance(error, tuple(EXIT_CODES)):
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             # What a library raised under a name that we use for what the user can mend may be a fault of ours.
@@ -547,4 +554,5 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, CTRL_C)
     end_process(main(CONFIG))

@@ -33,7 +33,7 @@ def finished(tmp_path_factory, rows):
 def test_a_run_writes_exactly_these_files(finished):
     names = sorted(os.listdir(finished))
     assert names == [
-        ".lock", "checkpoints", "config.yaml", "data_report.json", "environment.json", "final", "metrics.jsonl",
+        ".job", ".lock", "checkpoints", "config.yaml", "data_report.json", "environment.json", "final", "metrics.jsonl",
         "state.json",
     ]  # fmt: skip
     assert len(os.listdir(finished / "checkpoints")) == 2
