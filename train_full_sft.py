@@ -24,7 +24,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from dataset.chat import show
 from dataset.ledger import report_lines
-from dataset.load import DataRequest, batches_of, fetch_windows, load_rows, make_loader, write_rejects
+from dataset.load import DataRequest, RunData, batches_of, fetch_windows, load_rows, make_loader, write_rejects
 from dataset.prepare import DataOptions
 from dataset.reader import DataError, UnsafeDataError
 from dataset.rows import FILLER, PackedRows, collate
@@ -68,6 +68,8 @@ from trainer_utils import (
     load_checkpoint,
     local_part,
     parallelize,
+    read_tensors,
+    reshard,
     seed_everything,
     start_processes,
     unwrap,
@@ -76,16 +78,20 @@ from training.checkpoints import (
     CheckpointError,
     CheckpointStore,
     UnsafeCheckpointError,
+    has_shards,
     open_shards,
     read_trainer_state,
     verify,
 )
-from training.control import PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
+from training.control import EARLY, PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
+from training.ema import Ema
 from training.environment import write_descriptions
+from training.identity import identity_of
 from training.meeting import meet
 from training.metrics import WandbSink
 from training.optimizers import make_optimizer
-from training.plan import Plan, identity_of, make_plan, micro_batches_per_step, share_of_a_step
+from training.plan import Plan, describe_stages, make_plan, micro_batches_per_step, rows_per_step
+from training.policies import Policies
 from training.process import (
     choose_device,
     device_name_of,
@@ -97,15 +103,18 @@ from training.process import (
     use_deterministic_kernels,
 )
 from training.records import Meter, RunRecords, StateFile, duration, peak_flops
+from training.stages import Stage, read_stages, resolve
 from training.start import Start, announce_clearing, clear_run, decide_start, refuse_changes, restarts_by_torchrun
 from training.state import LoopState, NonFiniteError
-from training.sums import Sums, token_means
+from training.sums import Sums, add_to, token_means
 from training.watchdog import FIRST_FACTOR, Watchdog
+from training.weights import parse_loss_weights
 
 logger = logging.getLogger("train")
 
 Batch = dict[str, Any]
 Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
+Weights = dict[str, float]
 
 REFUSED = dict.fromkeys((UnsafeDataError, UnsafeModelError, UnsafeCheckpointError), 77)  # first: each is one of these
 EXIT_CODES = {**REFUSED, DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
@@ -137,6 +146,7 @@ class Hooks:
 
     save: Callable[[], None]
     evaluate: Callable[[], dict[str, float]]
+    adapt: Callable[[dict[str, float]], None]  # to what an evaluation gave, if there was one
     settle_save: Callable[[], None]  # after one that failed in the background
     save_has_failed: Callable[[], bool]
 
@@ -146,7 +156,7 @@ class Hooks:
 
 
 def train_step(
-    learner: Learner, window: list[Batch], step: int, lr: float, supervised: int, state: LoopState
+    learner: Learner, window: list[Batch], step: int, lr: float, weights: Weights, supervised: int, state: LoopState
 ) -> tuple[float, list[Tensor]]:
     """One update from this rank's micro-batches; returns the gradient norm over all ranks, before clipping, and losses.
 
@@ -163,11 +173,10 @@ def train_step(
         with gradient_sync(learner.model, enabled=micro == len(window) - 1):
             with learner.autocast():
                 terms = learner.objective(learner.model, batch)
-            loss = loss_of(terms)
+            loss = loss_of(terms, weights)
             scaler.scale(loss * (processes.world_size / supervised)).backward()
         losses.append(loss.detach())
-        for sums in (state.since_log, state.since_epoch):
-            sums.add(terms, supervised=len(batch["targets"]), tokens=batch["num_tokens"])
+        add_to(state.all_sums, terms, supervised=len(batch["targets"]), tokens=batch["num_tokens"])
         learner.beat()
 
     scaler.unscale_(optimizer)
@@ -179,9 +188,15 @@ def train_step(
     return norm, losses
 
 
-def loss_of(terms: dict[str, Tensor]) -> Tensor:
-    """What is learnt from: the terms that have a gradient, the others are measured only."""
-    return sum(term for term in terms.values() if term.requires_grad)  # type: ignore[return-value]
+def loss_of(terms: dict[str, Tensor], weights: Weights) -> Tensor:
+    """What is learnt from: the terms that have a gradient, each as often as its weight says or once.
+
+    Raises ValueError for a weight of a term that the objective does not have.
+    """
+    if unknown := weights.keys() - terms.keys():
+        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {', '.join(terms)}")
+    learnt = {name: term for name, term in terms.items() if term.requires_grad}
+    return sum(weights.get(name, 1.0) * term for name, term in learnt.items())  # type: ignore[return-value]
 
 
 def train_epoch(
@@ -213,11 +228,12 @@ def train_epoch(
             wishes.obey(sums, processes.sum_ints, hooks.save, records.status, learner.beat)
 
         # 3. update
-        lr = plan.lr(state.step + 1)
-        norm, losses = train_step(learner, window, state.step + 1, lr, supervised, state)
+        step = state.step + 1
+        lr, weights = plan.lr(step) * state.lr_factor, plan.loss_weights(step)
+        norm, losses = train_step(learner, window, step, lr, weights, supervised, state)
 
         # 4. advance
-        state.advance(plan.window_rows, plan.rows_of(state.epoch), tokens, supervised)
+        state.advance(plan.window_rows(state.epoch), plan.rows_of(state.epoch), tokens, supervised)
         meter.count(tokens, supervised)
         judge_norm(learner, norm, losses, window, state, records, loader.dataset)
 
@@ -225,6 +241,7 @@ def train_epoch(
         if plan.due(state, plan.log_interval):
             means = token_means(state.since_log.total(processes.sum_ints), "train")
             state.since_log = Sums()
+            means |= {f"train/weight_{name}": weight for name, weight in weights.items()}
             records.log_step(state, plan, {**means, "train/learning_rate": lr, "train/grad_norm": norm}, meter)
         with meter.paused():
             finish_step(learner, state, plan, records, hooks, meter)
@@ -240,10 +257,11 @@ def finish_step(
     """What follows an update, and on resume whatever of it a stop has cut off: validation, and the end of an epoch."""
     state.unfinished = True
     results = hooks.evaluate() if plan.due(state, plan.eval_interval) else {}
+    hooks.adapt(results)
     ends_epoch = plan.ends_epoch(state)
     if ends_epoch or state.step == plan.total_steps:
         means = token_means(state.since_epoch.total(learner.processes.sum_ints), "train")
-        values = {**means, **results, "train/learning_rate": plan.lr(state.step)}
+        values = {**means, **results, "train/learning_rate": plan.lr(state.step) * state.lr_factor}
         records.log_epoch(state, plan, values, meter, peak_memory_bytes(learner.processes.device))
     if ends_epoch:  # also a checkpoint made now points at the start of the next epoch
         state.next_epoch()
@@ -279,22 +297,30 @@ def judge_norm(
 
 
 @torch.no_grad()
-def validate(learner: Learner, loader: DataLoader, wishes: Wishes) -> dict[str, float]:
+def validate(
+    learner: Learner, loaders: dict[str, DataLoader], wishes: Wishes, prefix: str = "eval"
+) -> dict[str, float]:
     """Means over every supervised token of the held-out data: summed over ranks first, divided once.
 
-    Raises Stopped when a stop is wished, on all ranks at the same batch.
+    Each source has a loader; where there are several, each has its own means besides those over all. Raises Stopped
+    when a stop is wished, on all ranks at the same batch.
     """
-    model, sums = unwrap(learner.model), Sums()
+    model, sums = unwrap(learner.model), {name: Sums() for name in ("", *loaders)}
     model.eval()
-    for batch in batches_of(loader):
-        wishes.stop_if_wished(learner.processes.sum_ints(wishes.look()))
-        batch = to_device(batch, learner.processes.device)
-        with learner.autocast():
-            terms = learner.measure(model, batch)
-        sums.add(terms, supervised=len(batch["targets"]), tokens=batch["num_tokens"])
-        learner.beat()
+    for source, loader in loaders.items():
+        for batch in batches_of(loader):
+            wishes.stop_if_wished(learner.processes.sum_ints(wishes.look()))
+            batch = to_device(batch, learner.processes.device)
+            with learner.autocast():
+                terms = learner.measure(model, batch)
+            counts = {"supervised": len(batch["targets"]), "tokens": batch["num_tokens"]}
+            add_to((sums[""], sums[source]), terms, **counts)
+            learner.beat()
     model.train()
-    return token_means(sums.total(learner.processes.sum_ints), "eval")
+    results = token_means(sums[""].total(learner.processes.sum_ints), prefix)
+    for source in loaders if len(loaders) > 1 else ():
+        results |= token_means(sums[source].total(learner.processes.sum_ints), f"{prefix}/{source}")
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,9 +357,10 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
     from_weight = weights_source(config.from_weight)
     tokenizer_source = choose_tokenizer(config.tokenizer, from_weight)
     tokenizer = load_tokenizer(tokenizer_source, config.chat_template)
-    data = load_rows(
-        DataRequest(**config.data_request, options=DataOptions(**config.data_options)), tokenizer,
-        owner=local_rank == 0, echo=logger.info, rejects_file=save_dir / "rejects.jsonl" if keeps_records else None,
+    stages = read_stages(config)
+    data = load_data(
+        config, stages, tokenizer, owner=local_rank == 0, echo=logger.info,
+        rejects_file=save_dir / "rejects.jsonl" if keeps_records else None,
     )  # fmt: skip
 
     # 2. Processes
@@ -348,18 +375,25 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
 
     # 3. Model
     sharded = config.strategy == "fsdp" and world_size > 1
-    model = choose_model(from_weight, config.shape, config.dropout, config.seed, len(tokenizer), empty=sharded)
+    model = choose_model(
+        from_weight, config.shape, config.dropout, config.seed, len(tokenizer), empty=sharded, init=config.init
+    )
     check_positions(model, data.train.store.lengths, config.max_seq_len)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     measure = objective or make_sft_objective()
-    objective = objective or make_sft_objective(config.label_smoothing)
+    objective = objective or make_sft_objective(
+        config.label_smoothing, z=any("z" in parse_loss_weights(stage.config.loss_weights) for stage in stages),
+        neftune_alpha=config.neftune_alpha, gradient_penalty=config.gradient_penalty > 0,
+    )  # fmt: skip
     filler = to_device(collate([data.train[FILLER]]), device)
     if config.strategy == "fsdp" and not sharded:
         logger.warning("--strategy fsdp: one process alone has nothing to share, the model stays whole")
     strategy = Strategy(config.strategy, config.shard_size, config.cpu_offload, dtype)
     model = (model if sharded else model.to(device)).train()
-    parallel = parallelize(model, processes, strategy, zero_loss=lambda wrapped: loss_of(objective(wrapped, filler)))
+    parallel = parallelize(
+        model, processes, strategy, zero_loss=lambda wrapped: loss_of(objective(wrapped, filler), {})
+    )
 
     # 4. Optimizer
     optimizer = make_optimizer(model, config)
@@ -367,28 +401,28 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
     learner = Learner(parallel, optimizer, scaler, objective, processes, dtype, config.grad_clip, config.seed, measure)
     if sharded:
         with learner.autocast():
-            fill_model(model, from_weight, config.seed, local_part, tolerance=1e-3 if dtype == torch.float32 else 0.05)
+            tolerance = 1e-3 if dtype == torch.float32 else 0.05
+            fill_model(model, from_weight, config.seed, local_part, tolerance, init=config.init)
 
     # 5. Resume
     store = CheckpointStore(
-        save_dir / "checkpoints", config.keep_last, config.save_top_k, config.monitor_metric, config.monitor_mode
+        save_dir / "checkpoints", config.keep_last, config.keep_best, config.monitor_metric, config.monitor_mode
     )
     checkpoint = find_checkpoint(start.checkpoint, store, verify, processes) if start.resumes else None
     saved = read_trainer_state(checkpoint) if checkpoint else {}
     state = LoopState.from_dict(saved["loop"], processes.is_main) if checkpoint else LoopState()
-    rows_at_first_start = config.batch_size * config.accumulation_steps * world_size
-    window_rows = config.global_batch_size or saved.get("global_batch_size", rows_at_first_start)
-    micro_batches = micro_batches_per_step(window_rows, world_size, config.batch_size)
+    window_rows = rows_per_step(stages, world_size, saved.get("global_batch_size", []))
     if state.rows >= data.train.rows_of(state.epoch) and not state.unfinished:  # only where other data was allowed
         state.next_epoch()
-    plan = make_plan(config, data.train.rows_of, window_rows, state)
+    plan = make_plan(stages, data.train.rows_of, window_rows, state)
     data.report["train"]["steps_per_epoch"] = plan.steps_of(0)
-    identity = {**data.identity, **identity_of(config, dtype_name, window_rows, describe_model(model))}
+    identity = {**data.identity, **identity_of(stages, dtype_name, window_rows, describe_model(model))}
     processes.agree_on("data or flags", identity, config.batch_size, state.step, plan.total_steps, config.save_interval,
                        config.log_interval, config.eval_interval, config.strategy)  # fmt: skip
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
-        if start.continues and state.step >= plan.total_steps and (save_dir / "final").exists():
+        finished = state.step >= plan.total_steps or state.policies.get("stopped")
+        if start.continues and finished and (save_dir / "final").exists():
             logger.info(
                 "%s is finished, nothing to do. More epochs: --allow_change schedule; a new run on the result: "
                 "--from_weight %s/final with another --save_dir", save_dir, save_dir,
@@ -398,28 +432,43 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
         scaler.load_state_dict(saved["scaler"])
         logger.info("resumed from %s%s", checkpoint, f", changed: {', '.join(changed)}" if changed else "")
 
+    policies = Policies(config, state)
+    ema = None
+    if config.ema_decay:
+        ema = Ema(model, optimizer, config.ema_decay, local_part, lambda: state.step, partial(reshard, model))
+        if checkpoint and has_shards(checkpoint, "ema"):
+            read_tensors(open_shards(checkpoint, "ema"), ema.weights)
+
     # 6. Order of rows
-    sampler = RowSampler(
-        len(data.train), rank=rank, world_size=world_size, seed=config.seed,
-        window_rows=window_rows, slots=micro_batches * config.batch_size,
-    )  # fmt: skip
+    sampler = RowSampler(len(data.train), rank=rank, world_size=world_size, seed=config.seed)
     batches = SkipBatchSampler(sampler, config.batch_size)
     loader = make_loader(data.train, batches, **config.loading)
-    held_out = data.held_out and make_loader(
-        data.held_out, in_order_batches(len(data.held_out), config.batch_size, processes), **config.loading
-    )
-    share = share_of_a_step(config, window_rows, world_size, micro_batches)
-    logger.info("%d steps of %s, %s on %s", plan.total_steps, share, dtype_name, device)
+    held_out = {
+        source: make_loader(rows, in_order_batches(len(rows), config.batch_size, processes), **config.loading)
+        for source, rows in data.by_source.items()
+    }
+
+    def begin_epoch(epoch: int) -> int:
+        """Set the rows of an epoch and where to begin in them; returns the micro-batches of its steps."""
+        span, size = plan.span_of(epoch), plan.span_of(epoch).stage.config.batch_size
+        micro_batches = micro_batches_per_step(span.window_rows, world_size, size)
+        data.train.set_epoch(epoch)
+        skip = sampler.begin(epoch, len(data.train), state.rows, span.window_rows, micro_batches * size)
+        batches.batch_size, batches.skip_batches = size, skip * micro_batches
+        return micro_batches
+
+    logger.info("%d steps, %s on %s", plan.total_steps, dtype_name, device)
+    for line in describe_stages(plan, world_size):
+        logger.info("%s", line)
     if config.dry_run:
         sample = show(*data.train.store.tokens(0), tokenizer)
-        return rehearse(learner, loader, micro_batches, plan, sample, report_lines(data.report["train"]))
+        return rehearse(learner, loader, begin_epoch(state.epoch), plan, sample, report_lines(data.report["train"]))
 
     # 7. Records
     device_name = device_name_of(device)
-    resolved = replace(
-        config, tokenizer=tokenizer_source, device=device.type, dtype=dtype_name, overwrite=False,
-        from_resume="0", allow_change="", global_batch_size=window_rows, accumulation_steps=micro_batches,
-        **shape_of(model, SHAPE_FLAGS),
+    resolved = resolve(
+        config, stages, window_rows, world_size, tokenizer=tokenizer_source, device=device.type, dtype=dtype_name,
+        overwrite=False, from_resume="0", allow_change="", **shape_of(model, SHAPE_FLAGS),
     )  # fmt: skip
     constants = {
         "identity": identity,
@@ -442,26 +491,34 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
     watchdog = Watchdog(config.group_timeout_seconds, on_hang=partial(records.status, "failed"))
     learner.beat = watchdog.beat
     checkpointer = Checkpointer(
-        store, model, optimizer, scaler, state, constants, processes, records.event, config.async_save, watchdog.beat
-    )
+        store, model, optimizer, scaler, state, constants, processes, records.event, config.async_save, watchdog.beat,
+        more={"ema": ema.weights} if ema else {},
+    )  # fmt: skip
 
     def save(last: bool = False) -> None:
         records.metrics.sync()  # or a power cut could take lines that come before the checkpoint
         checkpointer.save(records.metrics_of(state.step), last)
 
     def evaluate() -> dict[str, float]:
-        if held_out is None:
+        if not held_out:
             return {}
         results = validate(learner, held_out, wishes)
+        if ema:
+            with ema.in_place():
+                results |= validate(learner, held_out, wishes, "eval/ema")
         records.log_eval(state, results)
         return results
 
+    def adapt(results: dict[str, float]) -> None:
+        policies.observe(results, plan, processes.sum_ints, records.event)
+
     # 8. Epochs
     reason = None
-    hooks = Hooks(save, evaluate, checkpointer.finish, checkpointer.has_failed)
+    hooks = Hooks(save, evaluate, adapt, checkpointer.finish, checkpointer.has_failed)
     with records.running(state, plan), SignalFlags() as signals:
         control = ControlFile(save_dir / "control.json") if processes.is_main else None
-        wishes = Wishes(signals, control, config.max_hours and started + 3600 * config.max_hours)
+        stop_at = config.max_hours and started + 3600 * config.max_hours
+        wishes = Wishes(signals, control, stop_at, goal_reached=lambda: policies.stopped)
         with watchdog:
             try:
                 if config.eval_at_start and state.step == 0:
@@ -473,11 +530,11 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
                 for epoch in itertools.count(state.epoch):
                     if state.step >= plan.total_steps:
                         break
-                    data.train.set_epoch(epoch)
-                    batches.skip_batches = sampler.begin(epoch, len(data.train), state.rows) * micro_batches
+                    micro_batches = begin_epoch(epoch)
+                    records.begin_epoch(state, plan)
                     train_epoch(learner, loader, micro_batches, state, plan, records, wishes, hooks)
             except Stopped as stop:
-                reason = str(stop)
+                reason = str(stop) if str(stop) != EARLY else None
             except NonFiniteError:
                 checkpointer.finish()  # raised on all ranks alike, and what is on its way is good
                 raise
@@ -488,16 +545,35 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
             logger.warning("%s: stopped after step %d; go on with --from_resume 1", reason, state.step)
         elif processes.is_main:
             card = model_card(asdict(resolved), data.report, records.last_eval, state.step)
-            weights = open_shards(store.path(state.step), "model").tensors()
-            export_model(
-                save_dir / "final", model, tokenizer, state_dict=weights, dtype=getattr(torch, config.export_dtype),
-                card=card,
-            )  # fmt: skip
+            best = store.best(store.manifests())[:1] if config.keep_best else []
+            for name, step in (("final", state.step), *(("best", step) for step in best)):
+                kinds = ("model", "ema") if config.export_ema else ("model",)
+                weights = {k: t for kind in kinds for k, t in open_shards(store.path(step), kind).tensors().items()}
+                export_model(
+                    save_dir / name, model, tokenizer, state_dict=weights, dtype=getattr(torch, config.export_dtype),
+                    card=card,
+                )  # fmt: skip
             logger.info("the model is in %s/final; talk to it: python -m scripts.chat %s", save_dir, save_dir)
-        records.close("stopped" if reason else "completed", reason or "all steps done")
+        if policies.best:
+            logger.info(
+                "best %s %.4f after step %d (epoch %d), %s in all", config.monitor_metric, policies.best["value"],
+                policies.best["step"], policies.best["epoch"], duration(time.monotonic() - started),
+            )  # fmt: skip
+        done = "early stopping" if policies.stopped else "all steps done"
+        records.close("stopped" if reason else "completed", reason or done)
     close_processes(processes)
     status = "completed" if not reason else "preempted" if reason == PREEMPTED else "stopped"
     return {"status": status, "step": state.step, **records.last_eval}
+
+
+def load_data(config: Config, stages: list[Stage], tokenizer: Any, **how: Any) -> RunData:
+    """The data of a run and its stages; `how` goes to dataset.load.load_rows."""
+    settings = [(stage.config, stage.epochs) for stage in stages]
+    requests = [
+        (DataRequest(**each.data_request, options=DataOptions(**each.data_options)), epochs)
+        for each, epochs in settings
+    ]
+    return load_rows(requests[0][0], tokenizer, stages=requests, **how)
 
 
 def rehearse(
@@ -511,12 +587,13 @@ def rehearse(
             raise problem
         (supervised,) = processes.sum_ints([sum(len(batch["targets"]) for batch in window)])
         started = time.perf_counter()
-        train_step(learner, window, step, 0.0, supervised, LoopState())
+        train_step(learner, window, step, 0.0, plan.loss_weights(step), supervised, LoopState())
         seconds = time.perf_counter() - started
     logger.info(
-        "\n%d epochs x %d steps = %d steps of %d rows (%d micro-batches per rank), about %.2f s each: %s in all; "
+        "\n%d epochs, the first of %d steps, %d steps in all (of %d rows, %d micro-batches per rank, in the first "
+        "stage), about %.2f s each: %s in all; "
         "peak memory so far %.2f GiB per process. Nothing was saved.",
-        plan.epochs, plan.steps_of(0), plan.total_steps, plan.window_rows, micro_batches, seconds,
+        plan.epochs, plan.steps_of(0), plan.total_steps, plan.window_rows(0), micro_batches, seconds,
         duration(seconds * plan.total_steps), peak_memory_bytes(processes.device) / 2**30,
     )  # fmt: skip
     close_processes(processes)

@@ -203,6 +203,12 @@ def gradient_sync(model: nn.Module, enabled: bool) -> contextlib.AbstractContext
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not enabled else contextlib.nullcontext()
 
 
+def reshard(model: nn.Module) -> None:
+    """Validation leaves the outermost unit of FSDP whole; the optimizer and whoever saves know its shards."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale all gradients so that their norm is at most `max_norm`; returns the norm before, the same on every rank."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -240,8 +246,8 @@ class RowSampler(DistributedSampler):
         *,
         rank: int,
         world_size: int,
-        window_rows: int,
-        slots: int,
+        window_rows: int = 1,
+        slots: int = 1,
         seed: int = 0,
         shuffle: bool = True,
     ):
@@ -249,12 +255,17 @@ class RowSampler(DistributedSampler):
         assert world_size * slots >= window_rows, (world_size, slots, window_rows)
         self.num_rows, self.window_rows, self.slots, self.offset = num_rows, window_rows, slots, 0
 
-    def begin(self, epoch: int, num_rows: int, rows_done: int) -> int:
+    def begin(
+        self, epoch: int, num_rows: int, rows_done: int, window_rows: int | None = None, slots: int | None = None
+    ) -> int:
         """Set an epoch, its rows and how many of them are trained; returns how many whole windows that is, to skip.
 
-        Rows trained beyond them (after a change of the rows per step) are left out here.
+        Rows trained beyond them (after a change of the rows per step) are left out here. The rows of a window and the
+        slots may differ from epoch to epoch.
         """
         self.set_epoch(epoch)
+        self.window_rows, self.slots = window_rows or self.window_rows, slots or self.slots
+        assert self.num_replicas * self.slots >= self.window_rows, (self.slots, self.window_rows)
         windows, self.offset = divmod(rows_done, self.window_rows)
         self.num_rows = num_rows
         return windows
@@ -399,11 +410,12 @@ class Checkpointer:
         report: Callable[..., None],
         in_background: bool = False,
         beat: Callable[[], None] = lambda: None,
+        more: Mapping[str, Mapping[str, Tensor]] | None = None,
     ):
         """`state` has `step` and `to_dict(sum_ints)`; `report(step, event, **values)` hears of each checkpoint."""
         self.store, self.model, self.optimizer, self.scaler = store, model, optimizer, scaler
         self.state, self.constants, self.processes, self.report = state, constants, processes, report
-        self.in_background, self.beat = in_background, beat
+        self.in_background, self.beat, self.more = in_background, beat, more or {}
         # A run that branches off another one has no checkpoint of its own yet; before the first step none is made.
         has_own = processes.from_main(int(store.path(state.step).is_dir()))
         self.saved_step = state.step if has_own or state.step == 0 else -1
@@ -427,11 +439,11 @@ class Checkpointer:
 
     def _start(self, metrics: Mapping[str, float]) -> None:
         step, processes = self.state.step, self.processes
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # validation leaves the outermost unit whole, and the optimizer knows its shards
+        reshard(self.model)
         moving = {"loop": self.state.to_dict(processes.sum_ints), "scaler": self.scaler.state_dict()}
         tensors = {
-            "model": named_weights(self.model), "optimizer": named_optimizer_state(self.model, self.optimizer)
+            "model": named_weights(self.model), "optimizer": named_optimizer_state(self.model, self.optimizer),
+            **self.more,
         }  # fmt: skip
         shards = {kind: blocks_to_write(named, processes, self.in_background) for kind, named in tensors.items()}
         blocks = [values for kind in shards.values() for values, _, _ in kind.values()]
@@ -523,6 +535,12 @@ def find_checkpoint(
     return wanted or (store.path(step) if step >= 0 else None)
 
 
+def read_tensors(reader: Reader, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors, or what this process holds of them, with what stands under their names."""
+    for name, tensor in tensors.items():
+        reader.read(name, *local_part(tensor))
+
+
 def load_checkpoint(weights: Reader, moments: Reader, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put verified weights and optimizer state in place, whatever ranks and strategy they were saved by.
 
@@ -538,8 +556,7 @@ def load_checkpoint(weights: Reader, moments: Reader, model: nn.Module, optimize
             f"the checkpoint does not fit this model, first difference: {wrong[0]} is {found.get(wrong[0])} in it and "
             f"{expected.get(wrong[0])} here"
         )
-    for name, tensor in own.items():
-        weights.read(name, *local_part(tensor))
+    read_tensors(weights, own)
     for full_name, shape in moments.shapes.items():
         name, _, key = full_name.rpartition(":")
         parameter = parameters[name]

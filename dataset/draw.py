@@ -4,6 +4,7 @@ Every draw is a pure function of (seed, epoch), so a resumed run sees what the u
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,10 +67,34 @@ class EpochDraw:
         return np.concatenate(drawn)
 
 
+class StagedDraw:
+    """The draws of stages that follow one another, each for its epochs; the last one goes on for ever."""
+
+    def __init__(self, draws: Sequence[EpochDraw], epochs: Sequence[int]):
+        self._draws = draws
+        self.starts = [sum(epochs[:number]) for number in range(len(draws))]  # first epoch of each stage
+        self.varies = len(draws) > 1 or draws[0].varies
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides which samples an epoch has."""
+        each = [f"{start} {draw.fingerprint}" for start, draw in zip(self.starts, self._draws, strict=True)]
+        return hashlib.sha256(" ".join(each).encode()).hexdigest()
+
+    def num_rows(self, epoch: int) -> int:
+        return self._of(epoch).num_rows(epoch)
+
+    def __call__(self, epoch: int) -> tuple[RowPlan, np.ndarray]:
+        return self._of(epoch)(epoch)
+
+    def _of(self, epoch: int) -> EpochDraw:
+        return self._draws[bisect_right(self.starts, epoch) - 1]
+
+
 class DrawnRows(PackedRows):
     """The packed rows of the epoch that is set; worker processes that live longer than an epoch follow."""
 
-    def __init__(self, store: JoinedStore, draw: EpochDraw):
+    def __init__(self, store: JoinedStore, draw: EpochDraw | StagedDraw):
         self._draw, self._drawn = draw, 0
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         super().__init__(store, *draw(0))

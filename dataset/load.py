@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.augment import SystemPrompts
 from dataset.demo import write_demo
-from dataset.draw import DrawnRows, EpochDraw
+from dataset.draw import DrawnRows, EpochDraw, StagedDraw
 from dataset.ledger import report_of
 from dataset.packing import plan_rows
 from dataset.prepare import DataOptions, hash_tokenizer, prepare, shuffled, split
@@ -30,7 +30,7 @@ DEMO = "demo"
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What a run is trained and validated on; the fields are flags of the trainer."""
+    """What a run, or one stage of it, is trained and validated on; the fields are flags of the trainer."""
 
     data_path: str
     val_data_path: str | None = None
@@ -40,6 +40,7 @@ class DataRequest:
     repack: bool = False
     files_per_epoch: int | None = None
     file_fraction: float = 1.0
+    max_tokens: int | None = None
     system_prompts: str | None = None
     system_prompt_ratio: float = 0.2
     cache_dir: str = ".cache/tokens"
@@ -51,8 +52,9 @@ class DataRequest:
 class RunData:
     """What is trained on and what is held out; `identity` changes whenever a resume would see other data."""
 
-    train: PackedRows
+    train: DrawnRows
     held_out: PackedRows | None
+    by_source: dict[str, PackedRows]  # what is held out, as validation reads it
     report: dict[str, Any]
     identity: dict[str, Any]
     rejects: list[dict[str, Any]]
@@ -60,14 +62,18 @@ class RunData:
 
 def load_rows(
     request: DataRequest, tokenizer: PreTrainedTokenizerFast, owner: bool, echo: Callable[[str], None],
-    rejects_file: Path | None = None,
+    rejects_file: Path | None = None, stages: Sequence[tuple[DataRequest, int]] = (),
 ) -> RunData:  # fmt: skip
     """Tokenise once (the owner; other processes wait for its files), hold out, and pack.
 
+    `stages`: what each stage of the run is trained on, and its epochs; what is not about training is that of `request`.
     Raises DataError with the defects of all files, after they are written to `rejects_file`, one JSON object per line.
     """
-    sources, val_sources = _find_files(request)
-    plain = prompted = request.options
+    stages = stages or [(request, 1)]
+    parts, val_sources = _find_files(request, [each for each, _ in stages])
+    sources = list({source.path: source for part in parts for source in part}.values())
+    longest = max(each.options.max_seq_len for each, _ in stages)
+    plain = prompted = replace(request.options, max_seq_len=longest)
     if request.system_prompts:
         prompts = SystemPrompts.from_file(request.system_prompts, request.system_prompt_ratio, request.seed)
         prompted = replace(plain, system_prompts=prompts)
@@ -91,24 +97,44 @@ def load_rows(
     samples, held_out = np.arange(store.num_samples), np.arange(val_store.num_samples)
     if request.val_fraction:
         (samples, held_out), val_store = split(store.conversations, request.val_fraction, request.seed), store
-    draw = EpochDraw(
-        _weigh(store, samples, [source.weight for source in sources], request.seed), store.lengths,
-        request.options.max_seq_len, request.packing, request.repack, request.files_per_epoch, request.file_fraction,
-        request.seed,
-    )  # fmt: skip
-    train, val = DrawnRows(store, draw), None
+    places = {source.path: number for number, source in enumerate(sources)}
+    draws, left_out = [], []
+    for (stage, _), part in zip(stages, parts, strict=True):
+        weights = {places[source.path]: source.weight for source in part}
+        chosen, dropped = _short_enough(_weigh(store, samples, weights, request.seed), store, stage)
+        left_out.append(dropped)
+        draws.append(
+            EpochDraw(
+                chosen, store.lengths, stage.options.max_seq_len, request.packing, request.repack,
+                stage.files_per_epoch, stage.file_fraction, request.seed,
+            )
+        )  # fmt: skip
+    draw = StagedDraw(draws, [epochs for _, epochs in stages])
+    train = DrawnRows(store, draw)
+    val, by_source = None, {}
     if len(held_out):
-        plan = plan_rows(val_store.lengths[held_out], request.options.max_seq_len, request.packing)
-        val = PackedRows(val_store, plan, held_out)
+        val = _packed(val_store, held_out, longest, request.packing)
+        by_source = _by_source(val_store, held_out, longest, request.packing)
     for role, rows in (("train, first epoch" if draw.varies else "train", train), ("held out", val)):
         if rows:
-            size = f"{len(rows.samples)} samples in {len(rows)} rows of {request.options.max_seq_len} tokens"
+            size = f"{len(rows.samples)} samples in {len(rows)} rows of {rows.plan.max_seq_len} tokens"
             echo(f"{role}: {size}, {rows.plan.efficiency:.1%} full")
+    for (stage, _), dropped in zip(stages, left_out, strict=True):
+        if dropped:
+            echo(f"{dropped} samples are longer than --max_tokens {stage.max_tokens or stage.options.max_seq_len}")
     selection = hashlib.sha256(f"{draw.fingerprint} {train.plan.fingerprint}".encode()).hexdigest()
+    report = {"train": report_of(train), "held_out": report_of(val) if val else None}
+    report["train"]["samples_longer_than_max_tokens"] = left_out[0]
+    if len(stages) > 1:
+        report["stages"] = [
+            {**report_of(PackedRows(store, *draw(first))), "samples_longer_than_max_tokens": dropped}
+            for first, dropped in zip(draw.starts, left_out, strict=True)
+        ]
     return RunData(
         train,
         val,
-        report={"train": report_of(train), "held_out": report_of(val) if val else None},
+        by_source,
+        report=report,
         identity={
             "data": f"{store.fingerprint[:16]}/{selection[:16]}",
             "template": f"{stores[0].tokenizer_fingerprint[:16]}/{stores[0].template_fingerprint[:16]}",
@@ -117,20 +143,39 @@ def load_rows(
     )
 
 
-def _find_files(request: DataRequest) -> tuple[list[Source], list[Source]]:
-    """The files to train on and those held out; ValueError for what makes no sense."""
-    data_path, val_data_path = request.data_path, request.val_data_path
-    if data_path == DEMO:
-        train_path, held_out_path = write_demo(Path(request.cache_dir) / DEMO)
-        data_path = str(train_path)
-        val_data_path = val_data_path or (None if request.val_fraction else str(held_out_path))
-    sources = find_sources(data_path, "--data_path")
+def _find_files(request: DataRequest, stages: Sequence[DataRequest]) -> tuple[list[list[Source]], list[Source]]:
+    """The files that each stage is trained on, and those held out; ValueError for what makes no sense."""
+    val_data_path, parts = request.val_data_path, []
+    for stage in stages:
+        data_path = stage.data_path
+        if data_path == DEMO:
+            train_path, held_out_path = write_demo(Path(request.cache_dir) / DEMO)
+            data_path = str(train_path)
+            val_data_path = val_data_path or (None if request.val_fraction else str(held_out_path))
+        parts.append(find_sources(data_path, "--data_path"))
+        if stage.files_per_epoch is not None and stage.files_per_epoch > len(parts[-1]):
+            raise ValueError(f"--files_per_epoch {stage.files_per_epoch}: --data_path names only {len(parts[-1])}")
     val_sources = find_sources(val_data_path, "--val_data_path") if val_data_path is not None else []
     if any(source.weight != 1 for source in val_sources):
         raise ValueError(f"--val_data_path {val_data_path}: every held-out sample counts once, so it takes no weights")
-    if request.files_per_epoch is not None and request.files_per_epoch > len(sources):
-        raise ValueError(f"--files_per_epoch {request.files_per_epoch}: --data_path names only {len(sources)}")
-    return sources, val_sources
+    return parts, val_sources
+
+
+def _packed(store: JoinedStore, samples: np.ndarray, max_seq_len: int, packing: bool) -> PackedRows:
+    return PackedRows(store, plan_rows(store.lengths[samples], max_seq_len, packing), samples)
+
+
+def _by_source(store: JoinedStore, samples: np.ndarray, max_seq_len: int, packing: bool) -> dict[str, PackedRows]:
+    """The samples of each file in rows of their own, under its name; files of one name are told apart by numbers."""
+    found: dict[str, PackedRows] = {}
+    for number, each in enumerate(store.stores):
+        start, end = store.starts[number : number + 2]
+        part = samples[(start <= samples) & (samples < end)]
+        if len(part):
+            name = Path(each.source).name.split(".")[0]
+            taken = sum(other.partition("#")[0] == name for other in found)
+            found[f"{name}#{taken + 1}" if taken else name] = _packed(store, part, max_seq_len, packing)
+    return found
 
 
 def write_rejects(path: Path, rejects: list[dict[str, Any]]) -> Path:
@@ -189,10 +234,28 @@ def fetch_windows(loader: DataLoader, micro_batches: int) -> Iterator[tuple[list
         yield [], problem
 
 
-def _weigh(store: JoinedStore, samples: np.ndarray, weights: list[float], seed: int) -> list[np.ndarray]:
+def _short_enough(
+    parts: list[np.ndarray], store: JoinedStore, stage: DataRequest
+) -> tuple[list[np.ndarray], int]:  # fmt: skip
+    """The samples that a stage may train, and how many were left out; ValueError where nobody allowed that."""
+    room = stage.options.max_seq_len
+    limit = min(stage.max_tokens or room, room) + 1  # stored tokens: the last is only a target
+    kept = [part[store.lengths[part] <= limit] for part in parts]
+    dropped = sum(map(len, parts)) - sum(map(len, kept))
+    beyond = sum(int((store.lengths[part] > room + 1).sum()) for part in parts)
+    if beyond and stage.max_tokens is None and stage.options.overlong != "drop":
+        raise ValueError(
+            f"--max_seq_len {room} of a stage: {beyond} samples are longer; --max_tokens {room} leaves them out of it"
+        )
+    if not sum(map(len, kept)):
+        raise ValueError(f"--max_tokens {stage.max_tokens or room}: no sample is that short")
+    return kept, dropped
+
+
+def _weigh(store: JoinedStore, samples: np.ndarray, weights: dict[int, float], seed: int) -> list[np.ndarray]:
     """Sample numbers of each source with its share: weight 2.5 is every sample twice and half of them once more."""
     chosen = []
-    for number, weight in enumerate(weights):
+    for number, weight in weights.items():
         start, end = store.starts[number : number + 2]
         part = samples[(start <= samples) & (samples < end)]
         more = round((weight % 1) * len(part))

@@ -85,8 +85,13 @@ def _varlen(
 
 
 def _varlen_applies(q: Tensor, v: Tensor) -> bool:
-    """Whether the variable-length kernel takes q: half precision, Ampere or later, head_dim a multiple of 8."""
+    """Whether the variable-length kernel takes q: half precision, Ampere or later, head_dim a multiple of 8.
+
+    Whoever has turned torch's flash kernels off, to differentiate twice for one, gets none here either.
+    """
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] != v.shape[-1]:
+        return False
+    if not torch.backends.cuda.flash_sdp_enabled():
         return False
     return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
 

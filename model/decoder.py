@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from model.attention import document_attention, rotary_angles, rotate
+from model.input_embeddings import Head, LanguageModel
 from model.losses import Terms, supervised_terms
 from model.norm import RMSNorm
 from model.parts import PartOf, block, recompute_in_backward, whole
@@ -131,7 +132,7 @@ class Body(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Decoder(nn.Module):
+class Decoder(LanguageModel):
     """A dense Llama-family language model over documents laid end to end; its weights are unset until filled."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -186,13 +187,22 @@ class Decoder(nn.Module):
 
     def forward(self, batch: dict, terms: Terms) -> dict[str, Tensor]:
         """Sums of `terms(logits, positions)` over the supervised positions of a batch of packed documents."""
+        return supervised_terms(*self.supervised_states(batch), self.vocab_size, terms)
 
+    def supervised_states(self, batch: dict) -> tuple[Tensor, Head]:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return document_attention(q, k, v, batch["cu_seqlens"], batch["document_lengths"])
 
         attends = [attend] * self.config.num_hidden_layers
         x = self.hidden_states(batch["input_ids"], batch["position_ids"], attends)
-        return supervised_terms(x[batch["supervised_positions"]], self.lm_head, self.config.vocab_size, terms)
+        return x[batch["supervised_positions"]], self.lm_head
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
 
     def shard_units(self) -> list[nn.Module]:
         """The modules to shard one by one, in forward order."""

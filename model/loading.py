@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.attention import document_attention
 from model.decoder import Decoder, DecoderConfig
+from model.input_embeddings import Head, LanguageModel
 from model.losses import Terms, supervised_terms
 from model.parts import PartOf, block, recompute_in_backward, whole
 from model.trust import read_object, refuse_unsafe_weights
@@ -219,7 +220,12 @@ def _explained(source: str | Path) -> Iterator[None]:
         raise ValueError(f"the model in {source} takes no other attention: {NOT_PACKABLE}") from error
 
 
-class HFCausalLM(nn.Module):
+def logits_already(states: Tensor) -> Tensor:
+    """The head of a model that does not say what its head is."""
+    return states
+
+
+class HFCausalLM(LanguageModel):
     """A causal language model of transformers behind the decoder's contract, under its own parameter names."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -285,6 +291,13 @@ class HFCausalLM(nn.Module):
 
     def forward(self, batch: dict, terms: Terms) -> dict[str, Tensor]:
         """Sums of `terms(logits, positions)` over the supervised positions of a batch of packed documents."""
+        states, head = self.supervised_states(batch)
+        if head is logits_already:
+            return terms(states, slice(0, len(states)))
+        return supervised_terms(states, head, self.vocab_size, terms)
+
+    def supervised_states(self, batch: dict) -> tuple[Tensor, Head]:
+        """As declared; where a family does more between states and logits than a head, the states are the logits."""
         positions = batch["supervised_positions"]
         arguments = {
             "input_ids": batch["input_ids"][None],
@@ -294,16 +307,17 @@ class HFCausalLM(nn.Module):
         }
         if self._plain_head:
             states = self.inner.base_model(**arguments).last_hidden_state[0, positions]
-            return supervised_terms(states, self.inner.get_output_embeddings(), self.vocab_size, terms)
+            return states, self.inner.get_output_embeddings()
         if self._keeps_logits:
-            logits = self.inner(**arguments, logits_to_keep=positions).logits[0]
-        else:
-            logits = self.inner(**arguments).logits[0, positions]
-        return terms(logits, slice(0, len(positions)))
+            return self.inner(**arguments, logits_to_keep=positions).logits[0], logits_already
+        return self.inner(**arguments).logits[0, positions], logits_already
 
     @property
     def vocab_size(self) -> int:
         return self.inner.get_output_embeddings().weight.shape[0]
+
+    def input_embeddings(self) -> nn.Module:
+        return self.inner.get_input_embeddings()
 
     def shard_units(self) -> list[nn.Module]:
         """The modules to shard one by one, in forward order."""
@@ -330,7 +344,7 @@ def check_isolation(model: HFCausalLM, tolerance: float = 1e-3) -> None:
     training, family = model.training, type(model.inner).__name__
     model.eval()
     embedded: list[Tensor] = []
-    hook = model.inner.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]))
+    hook = model.input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]))
     try:
         packed = _last_logits(model, [first, second])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:

@@ -7,18 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.input_embeddings import Head, Objective, on_embeddings
+
 # (logits (s, V), slice of the batch's targets that they belong to) -> sums over those s positions.
 Terms = Callable[[Tensor, slice], dict[str, Tensor]]
-Objective = Callable[[nn.Module, dict], dict[str, Tensor]]
 
 # Logit elements alive at once. Above it the logits are made chunk by chunk and remade in the backward pass, which costs
 # one more multiplication by the head and keeps memory flat; at 2^26 a chunk's float32 logits are 256 MiB.
 MAX_LOGITS = 2**26
 
 
-def supervised_terms(
-    states: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, terms: Terms
-) -> dict[str, Tensor]:
+def supervised_terms(states: Tensor, head: Head, vocab_size: int, terms: Terms) -> dict[str, Tensor]:
     """Add up `terms` over chunks of states (S, hidden), S = 0 included; all logits never exist at once."""
     rows = max(1, MAX_LOGITS // vocab_size)
     count = states.shape[0]
@@ -33,26 +32,43 @@ def supervised_terms(
     return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
 
 
-def make_sft_objective(label_smoothing: float = 0.0) -> Objective:
+def wide(logits: Tensor) -> Tensor:
+    """Logits in the precision of all losses: float32, or float64 for a float64 model."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def sft_terms(targets: Tensor, label_smoothing: float = 0.0, z: bool = False) -> Terms:
+    """The terms of `make_sft_objective` for a batch with these targets (S,)."""
+
+    def terms(logits: Tensor, positions: slice) -> dict[str, Tensor]:
+        logits, expected = wide(logits), targets[positions]
+        ce = F.cross_entropy(logits, expected, reduction="sum", label_smoothing=label_smoothing)
+        sums = {"ce": ce, "correct": (logits.detach().argmax(-1) == expected).sum()}
+        return {**sums, "z": logits.logsumexp(-1).square().sum()} if z else sums
+
+    return terms
+
+
+def make_sft_objective(
+    label_smoothing: float = 0.0, z: bool = False, neftune_alpha: float = 0.0, gradient_penalty: bool = False
+) -> Objective:
     """An objective returning {"ce": summed token losses in nats, "correct": count of tokens ranked first, no gradient}.
 
-    The cross entropy is computed in float32 (float64 for a float64 model), also under autocast.
+    The cross entropy is computed in float32 (float64 for a float64 model), also under autocast. `z` adds "z", the
+    squared logsumexp of the logits (PaLM, Chowdhery et al. 2022); for the other two see model/input_embeddings.py.
     """
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    check_smoothing(label_smoothing)
 
     def objective(model: nn.Module, batch: dict) -> dict[str, Tensor]:
-        targets = batch["targets"]
+        return model(batch, sft_terms(batch["targets"], label_smoothing, z))
 
-        def terms(logits: Tensor, positions: slice) -> dict[str, Tensor]:
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            expected = targets[positions]
-            ce = F.cross_entropy(logits, expected, reduction="sum", label_smoothing=label_smoothing)
-            return {"ce": ce, "correct": (logits.detach().argmax(-1) == expected).sum()}
+    return on_embeddings(objective, neftune_alpha, gradient_penalty)
 
-        return model(batch, terms)
 
-    return objective
+def check_smoothing(label_smoothing: float) -> None:
+    """Raises ValueError."""
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
 
 
 sft_objective = make_sft_objective()

@@ -112,17 +112,14 @@ def draw_lengths(rows: Any, max_seq_len: int, path: Path) -> None:
 def inspect(options: argparse.Namespace, config: Any) -> None:
     from dataset.chat import show
     from dataset.ledger import report_lines
-    from dataset.load import DataRequest, load_rows
-    from dataset.prepare import DataOptions
     from model.choose import choose_tokenizer, load_tokenizer, weights_source
+    from train_full_sft import load_data
+    from training.stages import read_stages
 
     tokenizer = load_tokenizer(
         choose_tokenizer(config.tokenizer, weights_source(config.from_weight)), config.chat_template
     )
-    data = load_rows(
-        DataRequest(**config.data_request, options=DataOptions(**config.data_options)), tokenizer, owner=True,
-        echo=lambda line: print(line, file=sys.stderr),
-    )  # fmt: skip
+    data = load_data(config, read_stages(config), tokenizer, owner=True, echo=lambda line: print(line, file=sys.stderr))
     rows = data.train
     samples = chosen_samples(rows, options.samples, options.line, data.rejects)
     if options.html:

@@ -20,4 +20,7 @@ done
 ruff check .
 ruff format --check .
 mypy
-OMP_NUM_THREADS=1 python -m pytest "$@"
+# A worker per core, each with whole files of tests; one alone for what shares a GPU.
+workers=auto
+case " $* " in *gpu*) workers=0 ;; esac
+OMP_NUM_THREADS=1 python -m pytest -n "$workers" --dist loadfile "$@"

@@ -107,7 +107,7 @@ def witness(seen: str, last_step: str, *flags: str) -> None:
     config = config_from_command_line([*flags])
     steps = CheckpointStore(Path(config.save_dir) / "checkpoints").steps()
     window = read_trainer_state(CheckpointStore(Path(config.save_dir) / "checkpoints").path(steps[-1])) if steps else {}
-    rows = window.get("global_batch_size", config.batch_size * world_size)
+    (rows,) = window.get("global_batch_size", [config.batch_size * world_size])
     micro_batches, first = micro_batches_per_step(rows, world_size, config.batch_size), steps[-1] if steps else 0
     calls = -1 if world_size > 1 else 0  # the pass that settles the layout of DDP comes before the first step
 

@@ -317,5 +317,5 @@ def test_samples_beyond_the_positions_of_a_model_are_refused(tmp_path, rows, fin
 def test_a_rehearsal_shows_everything_and_writes_nothing(tmp_path, rows):
     assert train(1, tmp_path / "run", data_path=str(rows), dry_run=True) == [0]
     log = log_of(tmp_path / "run")
-    assert "<|im_start|>user" in log and "\x1b[32m" in log and "steps of 1 rows" in log and "Nothing was saved" in log
+    assert "<|im_start|>user" in log and "\x1b[32m" in log and "steps in all (of 1 rows" in log and "Nothing was saved" in log
     assert not (tmp_path / "run").exists()

@@ -323,6 +323,10 @@ class Flight:
         self._thread.join()
 
 
+def has_shards(directory: Path, kind: str) -> bool:
+    return any(directory.glob(f"{kind}-*-of-*.safetensors"))
+
+
 def open_shards(directory: Path, kind: str) -> ShardReader:
     """The tensors of one kind, `model` or `optimizer`, in a verified checkpoint."""
     files = sorted(directory.glob(f"{kind}-*-of-*.safetensors"))

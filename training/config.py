@@ -260,6 +260,11 @@ class Config:
         return [name.strip() for name in self.allow_change.split(",") if name.strip()]
 
     @property
+    def keep_best(self) -> int:
+        """Checkpoints kept for their metric: one at least where a run may end because it got no better."""
+        return self.save_top_k or int(self.early_stopping_patience is not None)
+
+    @property
     def shape(self) -> dict[str, int]:
         """The shape flags that were given."""
         return {name: getattr(self, name) for name in SHAPE_FLAGS if getattr(self, name) is not None}

@@ -23,9 +23,10 @@ MAX_BYTES = 4096
 ECHO_SECONDS = 0.3  # a launcher and the terminal may both pass the same stop on
 PAUSE_SECONDS = 0.5  # between two looks of a paused run
 # Why a run stops early, in the order of precedence. Only one of them comes unasked: after the others a launcher that
-# restarts what has failed must see no failure.
+# restarts what has failed must see no failure. After the last of them the run is complete.
 PREEMPTED = "SIGTERM or SIGHUP"
-STOP_REASONS = ("Ctrl-C", "a stop command", PREEMPTED, "--max_hours")
+EARLY = "early stopping"
+STOP_REASONS = ("Ctrl-C", "a stop command", PREEMPTED, "--max_hours", EARLY)
 
 
 class Stopped(Exception):
@@ -102,9 +103,15 @@ class ControlFile:
 class Wishes:
     """What this rank would have the run do; only rank 0 has a control file and a time limit."""
 
-    def __init__(self, signals: SignalFlags, control: ControlFile | None, stop_at: float | None = None):
-        """`stop_at`: value of time.monotonic() at which the run must have ended."""
-        self.signals, self.control, self.stop_at = signals, control, stop_at
+    def __init__(
+        self,
+        signals: SignalFlags,
+        control: ControlFile | None,
+        stop_at: float | None = None,
+        goal_reached: Callable[[], bool] = lambda: False,
+    ):
+        """`stop_at`: value of time.monotonic() at which the run must have ended; `goal_reached`: or why it may end."""
+        self.signals, self.control, self.stop_at, self.goal_reached = signals, control, stop_at, goal_reached
         self._pause = self._save = self._stop = False
         self._looked, self._longest = time.monotonic(), 0.0
 
@@ -121,7 +128,8 @@ class Wishes:
         self._longest = max(self._longest, now - self._looked)
         self._looked = now
         late = self.stop_at is not None and now + self._longest >= self.stop_at
-        wishes = [interrupted, self._stop, bool(self.signals.stop) and not interrupted, late]
+        preempted = bool(self.signals.stop) and not interrupted
+        wishes = [interrupted, self._stop, preempted, late, self.goal_reached()]
         return [int(wish) for wish in (*wishes, self._pause, self._save)]
 
     def stop_if_wished(self, sums: list[int]) -> None:

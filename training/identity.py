@@ -13,7 +13,7 @@ SCHEDULE_FLAGS = (
     *(name for name in STAGE_FLAGS if name.startswith(("lr_", "warmup_")) or name.endswith(("_rate", "_ratio"))),
     "max_steps", "lr_adapt", "adaptive_every", "lr_adapt_patience", "lr_adapt_factor", "lr_adapt_threshold",
     "lr_adapt_window", "lr_adapt_boost", "lr_adapt_drop", "lr_adapt_drop_patience", "min_lr", "max_lr_factor",
-    "early_stopping_patience", "early_stopping_min_delta",
+    "early_stopping_patience", "early_stopping_min_delta", "monitor_metric", "monitor_mode",
 )  # fmt: skip
 OPTIMIZER_FLAGS = (
     "optimizer", "adam_beta1", "adam_beta2", "adam_eps", "amsgrad", "momentum", "weight_decay", "grad_clip",

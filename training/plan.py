@@ -128,6 +128,10 @@ def make_plan(
         _steps(rows_of(n), span.window_rows) for n in range(span.first_epoch, state.epoch + 1)
     )
     extra_steps = state.step - (done_before - _steps(rows_of(state.epoch) - state.rows, span.window_rows))
+    if len(spans) > 1 and extra_steps:
+        raise ValueError(
+            "a run of several stages keeps the rows of its steps and its data: it cannot go on with others"
+        )
     lr_shift = 0 if config.max_steps else extra_steps
     total_steps = config.max_steps or steps + lr_shift
     if len(spans) > 1:
@@ -140,7 +144,7 @@ def make_plan(
     return Plan(
         spans=spans, rows_of=rows_of, total_steps=total_steps, epochs=epochs, extra_steps=extra_steps,
         lr_shift=lr_shift, log_interval=config.log_interval, eval_interval=config.eval_interval,
-        save_interval=config.save_interval, save_evaluated=config.save_top_k > 0,
+        save_interval=config.save_interval, save_evaluated=config.keep_best > 0,
     )  # fmt: skip
 
 
@@ -156,7 +160,8 @@ def _schedule(stage: Stage, length: int) -> LRSchedule:
 
 
 def _loss_weights(stage: Stage) -> dict[str, LossWeight]:
-    return parse_loss_weights(stage.config.loss_weights)
+    penalty = {"gp": LossWeight("constant", {"value": stage.config.gradient_penalty})}
+    return {**(penalty if stage.config.gradient_penalty else {}), **parse_loss_weights(stage.config.loss_weights)}
 
 
 def micro_batches_per_step(window_rows: int, world_size: int, batch_size: int) -> int:
@@ -168,9 +173,29 @@ def _steps(rows: int, window_rows: int) -> int:
     return -(-rows // window_rows)
 
 
-def share_of_a_step(stage: Stage, window_rows: int, world_size: int, micro_batches: int) -> str:
+def rows_per_step(stages: Sequence[Stage], world_size: int, kept: Sequence[int]) -> list[int]:
+    """Rows of a step over all ranks for each stage: as the flag says, else as they were at the first start (`kept`)."""
+    at_first = [stage.config.batch_size * stage.config.accumulation_steps * world_size for stage in stages]
+    kept = kept if len(kept) == len(stages) else at_first
+    return [stage.config.global_batch_size or rows for stage, rows in zip(stages, kept, strict=True)]
+
+
+def describe_stages(plan: Plan, world_size: int) -> list[str]:
+    """A line for each stage: its steps, its rows, its learning rate."""
+    lines = []
+    for span in plan.spans:
+        config, last = span.stage.config, span.steps_before + span.length
+        name = f"stage {span.stage.name}: " if len(plan.spans) > 1 else ""
+        share = share_of_a_step(span.stage, span.window_rows, world_size)
+        rate = f"learning rate {config.learning_rate:g} ({config.lr_schedule})"
+        lines.append(f"{name}steps {span.steps_before + 1} to {last} of {share}, {rate}")
+    return lines
+
+
+def share_of_a_step(stage: Stage, window_rows: int, world_size: int) -> str:
     """How ranks and micro-batches share the rows of a step, and which flag gives way for it."""
     config = stage.config
+    micro_batches = micro_batches_per_step(window_rows, world_size, config.batch_size)
     shares = f"{world_size} processes x {micro_batches} micro-batches x at most {config.batch_size}"
     gives_way = config.accumulation_steps not in (1, micro_batches)
     reason = f"; --accumulation_steps {config.accumulation_steps} gives way" if gives_way else ""

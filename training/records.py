@@ -164,7 +164,8 @@ class RunRecords:
                 self._last_eval_step = last["step"]
             self.progress = Progress(plan.total_steps, state.step)
             self._position = lambda: {  # asked for whenever something is said, so that it is never an old one
-                "step": state.step, "total_steps": plan.total_steps, "epoch": state.epoch, "stage": 0
+                "step": state.step, "total_steps": plan.total_steps, "epoch": state.epoch,
+                "stage": plan.stage_of(min(state.epoch, plan.epochs - 1)),
             }  # fmt: skip
             self.state_file.update(status="running", started_at=time.time(), **self._position())
         try:
@@ -172,6 +173,15 @@ class RunRecords:
         except BaseException:
             self.close("failed")
             raise
+
+    def begin_epoch(self, state: LoopState, plan: Plan) -> None:
+        """Announce a stage where one begins."""
+        span = plan.span_of(state.epoch)
+        if self.is_main and len(plan.spans) > 1 and state.epoch == span.first_epoch and not state.rows:
+            stage, number = span.stage, plan.stage_of(state.epoch)
+            self.metrics.write("event", state.step + 1, event="stage", stage=number, name=stage.name)
+            if self.progress is not None:
+                self.progress.line(f"stage {number + 1}/{len(plan.spans)}: {stage.name}. {stage.description}".strip())
 
     def log_step(self, state: LoopState, plan: Plan, values: dict[str, float], meter: Meter) -> None:
         rates = meter.rates()
@@ -208,7 +218,8 @@ class RunRecords:
     ) -> None:
         if self.is_main:
             self.metrics.write(
-                "epoch", state.step, epoch=state.epoch + 1, stage=0, mini_epoch=state.epoch + 1,
+                "epoch", state.step, epoch=state.epoch + 1, stage=plan.stage_of(state.epoch),
+                mini_epoch=state.epoch - plan.span_of(state.epoch).first_epoch + 1,
                 complete=plan.ends_epoch(state),
                 train_loss=values.get("train/loss"), train_accuracy=values.get("train/token_accuracy"),
                 val_loss=values.get("eval/loss"), val_accuracy=values.get("eval/token_accuracy"),

@@ -63,12 +63,25 @@ def read_stages(config: Config) -> list[Stage]:
             epochs = 1 if wrong else counts["repeats"] * counts["mini_epochs"]
             given = {key: value for key, value in flags.items() if key not in foreign}
             merged = make_config(overlay(_given(config), {**given, "epochs": epochs}))
+            merged.max_steps = config.max_steps  # of the whole run
             stages.append(Stage(name, str(row.get("description") or ""), epochs, merged))
         except ConfigError as error:
             problems += [f"{where}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
     return stages
+
+
+def resolve(config: Config, stages: list[Stage], window_rows: list[int], world_size: int, **values: Any) -> Config:
+    """The configuration that starts the same run again on the same machine, whatever the defaults become."""
+    fixed = []
+    for stage, rows in zip(stages, window_rows, strict=True):
+        micro_batches = -(-rows // (world_size * stage.config.batch_size))
+        told = dataclasses.replace(stage.config, global_batch_size=rows, accumulation_steps=micro_batches)
+        fixed.append(dataclasses.replace(stage, config=told))
+    if config.stages is None:
+        return dataclasses.replace(fixed[0].config, **values)
+    return dataclasses.replace(config, stages=stages_as_text(fixed, config), **values)
 
 
 def stages_as_text(stages: list[Stage], first: Config) -> str:

@@ -26,8 +26,15 @@ class LoopState:
     non_finite_in_a_row: int = 0
     overflows: int = 0  # steps that the fp16 loss scale left out
     unfinished: bool = False  # a stop came between the update of this step and the end of its validation
+    lr_factor: float = 1.0  # what the learning rate of the schedule is multiplied by
+    policies: dict[str, Any] = field(default_factory=dict)  # what they remember, see training/policies.py
     since_log: Sums = field(default_factory=Sums)
     since_epoch: Sums = field(default_factory=Sums)
+    since_observed: Sums = field(default_factory=Sums)  # by the policies
+
+    @property
+    def all_sums(self) -> tuple[Sums, ...]:
+        return self.since_log, self.since_epoch, self.since_observed
 
     def advance(self, rows: int, num_rows: int, tokens: int, supervised: int) -> None:
         """One step is done; `num_rows` ends the epoch."""
@@ -58,10 +65,10 @@ class LoopState:
     @classmethod
     def from_dict(cls, values: dict[str, Any], is_main: bool) -> LoopState:
         """Rank 0 goes on from the sums over all ranks, the others from none. ValueError for another version's state."""
-        totals = {name: value for name, value in values.items() if isinstance(value, dict)}
-        sums = {name: Sums(total if is_main else dict.fromkeys(total, 0)) for name, total in totals.items()}
         if values.keys() != (known := {f.name for f in fields(cls)}):
             raise ValueError(
                 f"the checkpoint was written by another version, differing in {sorted(values.keys() ^ known)}"
             )
+        totals = {f.name: values[f.name] for f in fields(cls) if f.type == "Sums"}
+        sums = {name: Sums(total if is_main else dict.fromkeys(total, 0)) for name, total in totals.items()}
         return cls(**{**values, **sums})

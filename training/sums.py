@@ -7,7 +7,7 @@ run. These sums are whole numbers of 2^-20 nats: exact under any grouping over m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,18 +25,24 @@ class Sums:
 
     def add(self, terms: dict[str, Tensor], supervised: int, tokens: int) -> None:
         """Add one micro-batch; where a term is not finite the whole micro-batch only counts as `non_finite`."""
-        parts = {name: (term.detach().double() * FIXED_POINT).round() for name, term in terms.items()}
-        finite = torch.stack(list(parts.values())).isfinite().all()
-        counts = {"supervised": supervised, "tokens": tokens, "non_finite": (~finite).long()}
-        for name, part in parts.items():
-            counts[name] = torch.where(finite, part, 0.0).long()
-        for name, count in counts.items():
-            self.values[name] = self.values.get(name, 0) + count
+        add_to([self], terms, supervised, tokens)
 
     def total(self, sum_ints: Callable[[Sequence[int]], list[int]]) -> dict[str, int]:
         """The sums over all ranks; `sum_ints` adds lists of whole numbers over ranks. Every rank must call it."""
         names = sorted(self.values)
         return dict(zip(names, sum_ints([int(self.values[name]) for name in names]), strict=True))
+
+
+def add_to(all_sums: Iterable[Sums], terms: dict[str, Tensor], supervised: int, tokens: int) -> None:
+    """`Sums.add` for several of them, with the work of one."""
+    parts = {name: (term.detach().double() * FIXED_POINT).round() for name, term in terms.items()}
+    finite = torch.stack(list(parts.values())).isfinite().all()
+    counts: dict[str, Any] = {"supervised": supervised, "tokens": tokens, "non_finite": (~finite).long()}
+    for name, part in parts.items():
+        counts[name] = torch.where(finite, part, 0.0).long()
+    for sums in all_sums:
+        for name, count in counts.items():
+            sums.values[name] = sums.values.get(name, 0) + count
 
 
 def token_means(total: dict[str, int], prefix: str) -> dict[str, float]:

@@ -1,0 +1,101 @@
+"""Draws the learning rate and the loss weights of a run before it starts: every step, every stage.
+
+    python -m scripts.plot_schedule --data_path train.jsonl --lr_schedule wsd --warmup_ratio 0.03
+    python -m scripts.plot_schedule --config configs/staged.yaml --processes 8 --out schedule.png
+
+All other flags are those of the trainer. What follows the course of the run (--lr_adapt, early stopping) is not in it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from scripts.evaluate import exit_code_of, positive
+from training.arguments import config_from_command_line
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.plot_schedule", description=__doc__.split(":")[0] + ".", allow_abbrev=False,
+        epilog="All other flags are those of the trainer: python train_full_sft.py --help",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("schedule.png"), help="default schedule.png")
+    parser.add_argument("--processes", metavar="N", type=positive, default=1, help="of the run (default 1)")
+    return parser.parse_known_args(argv)
+
+
+def draw(plan: Any, path: Path) -> None:
+    """The learning rate above, below it the weights of the loss terms where there are any; stages as bands."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = range(1, plan.total_steps + 1)
+    weights = [plan.loss_weights(step) for step in steps]
+    terms = sorted({term for each in weights for term in each})
+    figure, panels = pyplot.subplots(1 + bool(terms), 1, figsize=(9, 4 + 2.5 * bool(terms)), sharex=True, squeeze=False)
+    axes = panels[:, 0]
+    axes[0].plot(steps, [plan.lr(step) for step in steps], color=COLOURS[0], linewidth=1.5)
+    axes[0].set(ylabel="learning rate", title=f"{plan.total_steps:,} steps, {plan.epochs:,} epochs")
+    axes[0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for number, term in enumerate(terms):
+        values = [each.get(term, 1.0) for each in weights]
+        axes[1].plot(steps, values, label=term, color=COLOURS[number % len(COLOURS)], linewidth=1.5)
+    if terms:
+        axes[1].set(ylabel="loss weight")
+        axes[1].legend(frameon=False)
+    for number, span in enumerate(plan.spans if len(plan.spans) > 1 else ()):
+        first, last = span.steps_before + 0.5, min(span.steps_before + span.length, plan.total_steps) + 0.5
+        if first > plan.total_steps:
+            break
+        for each in axes:
+            each.axvspan(first, last, color="#888888", alpha=0.12 if number % 2 else 0.0, linewidth=0)
+        axes[0].annotate(
+            span.stage.name, (first, 1), xycoords=("data", "axes fraction"), xytext=(3, -11),
+            textcoords="offset points", fontsize=8, color="#666666",
+        )  # fmt: skip
+    axes[-1].set(xlabel="step", xlim=(0.5, plan.total_steps + 0.5))
+    for each in axes:
+        each.set_ylim(bottom=min(0.0, each.get_ylim()[0]))
+        each.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plan_of(config: Any, processes: int) -> Any:
+    """The plan of the run that these flags would start with so many processes."""
+    from model.choose import choose_tokenizer, load_tokenizer, weights_source
+    from train_full_sft import load_data
+    from training.plan import make_plan, rows_per_step
+    from training.stages import read_stages
+    from training.state import LoopState
+
+    source = choose_tokenizer(config.tokenizer, weights_source(config.from_weight))
+    stages, tokenizer = read_stages(config), load_tokenizer(source, config.chat_template)
+    data = load_data(config, stages, tokenizer, owner=True, echo=lambda line: print(line, file=sys.stderr))
+    return make_plan(stages, data.train.rows_of, rows_per_step(stages, processes, ()), LoopState())
+
+
+def main(argv: list[str] | None = None) -> int:
+    options, rest = parse(argv)
+    config = config_from_command_line(rest)
+    try:
+        from training.plan import describe_stages
+
+        plan = plan_of(config, options.processes)
+        draw(plan, options.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_code_of(error)
+    print("\n".join(describe_stages(plan, options.processes)))
+    print(f"schedule: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

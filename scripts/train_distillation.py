@@ -1,0 +1,130 @@
+"""Fine-tune a student under a teacher: `torchrun --nproc_per_node N -m scripts.train_distillation --teacher DIR ...`.
+
+It is the trainer with one loss term more, and takes all flags of the trainer: data, checkpoints, resume and the result
+are those of train_full_sft.py. The weights of the two terms are --loss_weights like any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from training.arguments import build_parser, config_from_command_line
+from training.config import Config
+from training.lock import lock_or_exit
+from training.stages import read_stages
+from training.weights import parse_loss_weights
+
+ALPHA, TEMPERATURE = 0.7, 4.0
+
+
+def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    flag = parser.add_argument_group("distillation").add_argument
+    flag(
+        "--teacher",
+        metavar="TEXT",
+        required=True,
+        help="model to learn from: directory, finished run or Hub id",
+    )
+    flag("--alpha", metavar="X", type=float, help=f"weight of the teacher; the data has 1 - X (default {ALPHA})")
+    flag("--temperature", metavar="X", type=float, default=TEMPERATURE, help=f"of both (default {TEMPERATURE:g})")
+    choices = ("auto", "float32", "bfloat16", "float16")
+    flag("--teacher_dtype", choices=choices, default="auto", help="its weights and arithmetic; auto = as --dtype")
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
+    """The flags of this script, and the configuration that all others make. Exits on --help and on what is wrong."""
+    texts = {"prog": "scripts.train_distillation", "description": "Fine-tune a language model under a teacher."}
+    if {"-h", "--help"} & set(argv):
+        trainer = build_parser()
+        trainer.prog, trainer.description = texts.values()
+        add_flags(trainer).print_help()
+        sys.exit(0)
+    own = add_flags(argparse.ArgumentParser(**texts, add_help=False, allow_abbrev=False))
+    options, others = own.parse_known_args(argv)
+    return options, config_from_command_line(others)
+
+
+def weights_of_terms(loss_weights: str, alpha: float | None) -> str:
+    """--loss_weights with those of the two terms that it does not name; ValueError where both say something else."""
+    from model.distillation import distillation_weights
+
+    given, own = parse_loss_weights(loss_weights), distillation_weights(ALPHA if alpha is None else alpha)
+    named = {name: weight for name, weight in parse_loss_weights(own).items() if name in given}
+    if alpha is not None and any(given[name] != weight for name, weight in named.items()):
+        raise ValueError(f"--alpha {alpha} means {own}, --loss_weights says {loss_weights}: give one of the two")
+    missing = [item for item in own.split(", ") if item.split("=")[0] not in given]
+    return ", ".join([*missing, *filter(None, [loss_weights])])
+
+
+def distill(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """`train_full_sft.run` with a teacher. Raises what that raises, and ValueError for a teacher that does not fit."""
+    import train_full_sft
+    from model.choose import choose_model, choose_tokenizer, load_tokenizer, weights_source
+    from model.distillation import check_distillation, check_teacher, fingerprint, make_distillation_objective
+    from model.loading import load_model
+    from trainer_utils import environment_rank
+    from training.process import choose_device, setup_logging
+
+    rank, local_rank, _ = environment_rank()
+    setup_logging(rank)
+    alpha = ALPHA if options.alpha is None else options.alpha
+    check_distillation(alpha, options.temperature)
+    if alpha == 0:
+        train_full_sft.logger.warning("--alpha 0: this is the trainer alone, no teacher is loaded")
+        return train_full_sft.run(config)
+    config = replace(config, loss_weights=weights_of_terms(config.loss_weights, options.alpha))
+
+    source, from_weight = weights_source(options.teacher), weights_source(config.from_weight)
+    tokenizer = load_tokenizer(choose_tokenizer(config.tokenizer, from_weight), config.chat_template)
+    student = choose_model(from_weight, config.shape, config.dropout, config.seed, len(tokenizer), empty=True)
+    teacher = load_model(source)
+    check_teacher(student, teacher, tokenizer, load_tokenizer(source))
+    known = getattr(teacher.config, "max_position_embeddings", None)
+    if known is not None and config.max_seq_len > known:
+        raise ValueError(f"--max_seq_len {config.max_seq_len}: the teacher knows {known} positions")
+    taught_by = f"teacher {fingerprint(teacher)}"
+
+    device = choose_device(config.device, local_rank, saves_memory=config.strategy == "fsdp")
+    dtype_name = options.teacher_dtype if options.teacher_dtype != "auto" else config.dtype
+    if dtype_name == "auto":
+        dtype_name = "bfloat16" if device.type == "cuda" else "float32"
+    move(teacher, device, dtype_name)
+    train_full_sft.logger.info("teacher: %s in %s", source, dtype_name)
+    objective = make_distillation_objective(
+        teacher, alpha, options.temperature, config.label_smoothing,
+        z=any("z" in parse_loss_weights(stage.config.loss_weights) for stage in read_stages(config)),
+        neftune_alpha=config.neftune_alpha, gradient_penalty=config.gradient_penalty > 0,
+    )  # fmt: skip
+    identity = {"objective": f"{taught_by} in {dtype_name}, alpha {alpha}, temperature {options.temperature}"}
+    return train_full_sft.run(config, objective, extra_identity=identity)
+
+
+def move(teacher: Any, device: Any, dtype_name: str) -> None:
+    """Weights to the device in a type; buffers, such as rotary frequencies, keep theirs."""
+    import torch
+
+    for parameter in teacher.parameters():
+        parameter.data = parameter.data.to(device, getattr(torch, dtype_name))
+    teacher.to(device)
+
+
+def main(options: argparse.Namespace, config: Config) -> int:
+    import train_full_sft
+
+    return train_full_sft.main(config, partial(distill, options))
+
+
+if __name__ == "__main__":
+    OPTIONS, CONFIG = parse(sys.argv[1:])
+    if os.environ.get("RANK", "0") == "0" and not CONFIG.dry_run:  # before torch is imported, as in the trainer
+        LOCK = lock_or_exit(Path(CONFIG.save_dir))
+    from training.process import end_process
+
+    end_process(main(OPTIONS, CONFIG))

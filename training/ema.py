@@ -1,0 +1,52 @@
+"""An exponential moving average of the weights, of what each process holds of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+LocalPart = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
+
+
+class Ema:
+    """average <- d average + (1 - d) weights after each update, with d = min(decay, (1 + n) / (10 + n)) after n steps.
+
+    The second bound lets the first steps count although they are few (as in TensorFlow's ExponentialMovingAverage).
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, decay: float, local_part: LocalPart,
+        steps_done: Callable[[], int], settle: Callable[[], None],
+    ):  # fmt: skip
+        """`steps_done()`: before the update; `settle()` is called before weights change behind the model's back."""
+        self.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self._decay, self._steps_done, self._settle = decay, steps_done, settle
+        self._averages = [local_part(tensor)[0] for tensor in self.weights.values()]
+        self._parameters = [local_part(parameter)[0] for parameter in model.parameters()]
+        optimizer.register_step_post_hook(lambda *_: self._update())  # skipped steps leave it alone
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        done = self._steps_done()
+        decay = min(self._decay, (1 + done) / (10 + done))
+        torch._foreach_lerp_(self._averages, self._parameters, 1.0 - decay)
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        self._settle()
+        for average, parameter in zip(self._averages, self._parameters, strict=True):
+            kept = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the average in this block, and its own weights again after it."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
