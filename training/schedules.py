@@ -47,7 +47,7 @@ def _constant(_schedule: LRSchedule, _step: int, _steps: int, _epoch: int) -> fl
 
 
 def _linear(schedule: LRSchedule, step: int, steps: int, _epoch: int) -> float:
-    """floor + (1 - floor) (1 - p) with the progress p = step / steps; so written, the last step is at the floor exactly."""
+    """floor + (1 - floor) (1 - p) with the progress p = step / steps; so written, it ends at the floor exactly."""
     return schedule.floor + (1.0 - schedule.floor) * (1.0 - step / steps)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.config import Config, ConfigError, make_config, overlay
+from training.config import ALTERNATIVES, Config, ConfigError, make_config, overlay
 from training.yaml_files import parse_yaml
 
 # What a row may say besides its name, description, repeats and mini_epochs.
@@ -41,13 +41,14 @@ def read_stages(config: Config) -> list[Stage]:
         return [Stage("train", "", config.epochs, config)]
     place, rows = _rows_of(config.stages)
     stages: list[Stage] = []
+    names: set[str] = set()
     problems: list[str] = []
     for number, row in enumerate(rows, start=1):
         where = f"{place}, row {number}"
         if not isinstance(row, dict):
             problems.append(f"{where}: expected 'flag: value' lines, found {type(row).__name__}")
             continue
-        name = str(row.get("name", f"stage {number}"))
+        name = str(row.get("name") or f"stage {number}")
         where += f" ({name})"
         counts = {key: row.get(key, 1) for key in ("repeats", "mini_epochs")}
         wrong = [key for key, n in counts.items() if not isinstance(n, int) or isinstance(n, bool) or n < 1]
@@ -55,14 +56,15 @@ def read_stages(config: Config) -> list[Stage]:
         flags = {key: value for key, value in row.items() if key not in OWN_KEYS}
         foreign = [key for key in flags if key not in STAGE_FLAGS]
         problems += [f"{where}: {key} is none of {', '.join((*OWN_KEYS, *STAGE_FLAGS))}" for key in foreign]
-        if name in {stage.name for stage in stages}:
+        if name in names:
             problems.append(f"{where}: the name is given twice")
+        names.add(name)
         try:
             epochs = 1 if wrong else counts["repeats"] * counts["mini_epochs"]
             given = {key: value for key, value in flags.items() if key not in foreign}
             merged = make_config(overlay(_given(config), {**given, "epochs": epochs}))
             merged.max_steps = config.max_steps  # of the whole run
-            stages.append(Stage(name, str(row.get("description", "")), epochs, merged))
+            stages.append(Stage(name, str(row.get("description") or ""), epochs, merged))
         except ConfigError as error:
             problems += [f"{where}: {problem}" for problem in error.problems]
     if problems:
@@ -83,15 +85,20 @@ def resolve(config: Config, stages: list[Stage], window_rows: list[int], world_s
 
 
 def stages_as_text(stages: list[Stage], first: Config) -> str:
-    """The table with every flag in which a row differs from the run, as --stages takes it."""
+    """The table with every flag in which a row differs from the run, as --stages takes it.
+
+    A flag stands beside its alternative also where it is that of the run, from which the other one would take it.
+    """
     rows = []
     for stage in stages:
         own = {name: getattr(stage.config, name) for name in STAGE_FLAGS}
+        told = {name for name, value in own.items() if value != getattr(first, name)}
+        told |= {name for pair in ALTERNATIVES if told & set(pair) for name in pair}
         rows.append({
             "name": stage.name, "description": stage.description, "mini_epochs": stage.epochs,
-            **{name: value for name, value in own.items() if value != getattr(first, name)},
+            **{name: value for name, value in own.items() if name in told},
         })  # fmt: skip
-    return json.dumps(rows)
+    return json.dumps(rows, ensure_ascii=False)  # YAML, which reads it, knows no surrogates
 
 
 def _given(config: Config) -> dict[str, Any]:

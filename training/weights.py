@@ -92,6 +92,9 @@ def _weight(node: ast.expr, wrong: str) -> LossWeight:
         raise ValueError(f"{wrong}: end_epoch must come after start_epoch")
     if kind == "cosine" and numbers["period"] <= 0:
         raise ValueError(f"{wrong}: period must be greater than 0")
+    for name in ("decay_rate", "warmup_epochs"):  # growth without a bound would overflow in the middle of a run
+        if numbers.get(name, 0.0) < 0:
+            raise ValueError(f"{wrong}: {name} must be at least 0")
     more = {name: numbers.pop(name) for name in ANY_KIND if name in numbers}
     return LossWeight(kind, numbers, **more)
 
@@ -99,8 +102,9 @@ def _weight(node: ast.expr, wrong: str) -> LossWeight:
 def _number(node: ast.expr, wrong: str, name: str) -> float:
     try:
         value = ast.literal_eval(node)
-    except ValueError:
-        value = None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        number = float(value) if type(value) in (int, float) else math.nan
+    except (ValueError, TypeError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError(f"{wrong}: {name} is not a finite number")
-    return float(value)
+    return number
