@@ -335,7 +335,8 @@ def run(
 ) -> dict[str, Any]:
     """Train as `config` says and return a summary; `objective` replaces the cross entropy of supervised tokens.
 
-    `extra_identity`: what of it a resume must find unchanged, under names that --allow_change takes. From where the directory is ours, its state.json tells of every error.
+    `extra_identity`: what of it a resume must find unchanged, under names that --allow_change takes. From where the
+    directory is ours, its state.json tells of every error.
     """
     rank, _, _ = environment_rank()
     setup_logging(rank)

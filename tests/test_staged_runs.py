@@ -1,0 +1,190 @@
+"""Runs of several stages, and what follows their course: all of it survives a stop at any step with the same bits."""
+
+import json
+
+import pytest
+
+from tests.small_world import (
+    log_of,
+    records_of,
+    result_of,
+    resume_from,
+    sha256,
+    train,
+    without_events,
+    write_rows,
+)
+
+TABLE = [
+    {"name": "short", "max_tokens": 18, "batch_size": 2, "learning_rate": 0.02, "lr_schedule": "linear",
+     "loss_weights": {"z": 1e-3}},
+    {"name": "long", "mini_epochs": 2, "learning_rate": 0.01, "lr_schedule": "mini_epoch", "lr_warmup_epochs": 2,
+     "file_fraction": 0.5, "loss_weights": {"ce": 1, "z": "linear(0.001, 0, 0, 2)"}},
+    {"name": "last", "max_seq_len": 48, "max_tokens": 48, "accumulation_steps": 2, "learning_rate": 0.005,
+     "lr_schedule": "wsd", "warmup_steps": 1},
+]  # fmt: skip
+POLICIES = {
+    "lr_adapt": "adaptive", "lr_adapt_window": 3, "lr_adapt_patience": 2, "lr_adapt_drop_patience": 2,
+    "lr_adapt_threshold": 0.5, "ema_decay": 0.9, "early_stopping_patience": 50, "eval_interval": "2", "eval_samples": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    home = tmp_path_factory.mktemp("data")
+    table = home / "stages.json"
+    table.write_text(json.dumps(TABLE))
+    rows, held_out = write_rows(home / "rows.jsonl"), write_rows(home / "held_out.jsonl", 6, seed=1)
+    return {"data_path": str(rows), "val_data_path": str(held_out), "stages": str(table), **POLICIES}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, flags):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert train(1, run, **flags) == [0], log_of(run)
+    return run
+
+
+def test_each_stage_trains_its_own_rows_at_its_own_rates(whole):
+    epochs = records_of(whole, "epoch")
+    assert [(r["epoch"], r["stage"], r["mini_epoch"]) for r in epochs] == [(1, 0, 1), (2, 1, 1), (3, 1, 2), (4, 2, 1)]
+    steps = records_of(whole, "train")
+    weights = {r["step"]: r.get("train/weight_z") for r in steps}
+    assert weights[1] == 1e-3 and weights[steps[-1]["step"]] is None
+    announced = [(r["stage"], r["name"]) for r in records_of(whole, "event") if r.get("event") == "stage"]
+    assert announced == [(0, "short"), (1, "long"), (2, "last")]
+    assert "stage 2/3: long" in log_of(whole)
+    report = json.loads((whole / "data_report.json").read_text())
+    assert [stage["samples_longer_than_max_tokens"] > 0 for stage in report["stages"]] == [True, False, False]
+    assert [stage["samples"] for stage in report["stages"]][1:] == [12, 24]
+    state = json.loads((whole / "state.json").read_text())
+    assert (state["status"], state["stage"]) == ("completed", 2)
+
+
+def test_a_resume_at_every_step_ends_with_the_same_bits(tmp_path, flags, whole):
+    expected = result_of(whole)
+    last = max(r["step"] for r in records_of(whole, "train"))
+    for step in range(1, last):
+        cut = resume_from(whole, step, tmp_path / f"from {step}")
+        assert train(1, cut, **flags, from_resume="1") == [0], log_of(cut)
+        assert without_events(cut) == without_events(whole), step
+    assert {r["event"] for r in records_of(whole, "event")} > {"learning_rate"}, "the multiplier has changed"
+    assert any("eval/ema/loss" in r for r in expected["records"])
+    another = {**flags, "lr_adapt": "none"}
+    assert train(1, tmp_path / "other", **another) == [0]
+    assert result_of(tmp_path / "other")["final"] != expected["final"], "and it matters"
+
+
+@pytest.mark.parametrize(("strategy", "step"), [("ddp", 5), ("fsdp", 9)])
+def test_two_processes_resumed_in_any_stage_end_with_the_same_bits(tmp_path, flags, strategy, step):
+    flags = {**flags, "strategy": strategy}
+    assert train(2, tmp_path / "whole", **flags) == [0, 0], log_of(tmp_path / "whole")
+    cut = resume_from(tmp_path / "whole", step, tmp_path / "cut")
+    assert train(2, cut, from_resume="1", **flags) == [0, 0], log_of(cut)
+    assert without_events(cut) == without_events(tmp_path / "whole")
+
+
+def test_the_saved_configuration_starts_the_same_run_again(tmp_path, whole, flags):
+    from training.arguments import parse_config
+    from training.stages import read_stages
+
+    config, _ = parse_config(["--config", str(whole / "config.yaml")])
+    assert [stage.name for stage in read_stages(config)] == ["short", "long", "last"]
+    values = {name: value for name, value in vars(config).items() if name not in ("save_dir", "cache_dir")}
+    assert train(1, tmp_path / "again", **values) == [0], log_of(tmp_path / "again")
+    assert result_of(tmp_path / "again")["final"] == result_of(whole)["final"]
+
+
+def test_other_stages_are_refused_on_resume(tmp_path, flags, whole):
+    cut = resume_from(whole, 3, tmp_path / "cut")
+    other = json.dumps([*TABLE[:2], {**TABLE[2], "learning_rate": 0.004}])
+    assert train(1, cut, from_resume="1", **{**flags, "stages": other}) == [2]
+    assert "--allow_change schedule" in log_of(cut)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What follows the course of a run
+
+
+STOPS = {
+    "epochs": 50, "eval_interval": "2", "lr_schedule": "constant", "early_stopping_patience": 2,
+    "early_stopping_min_delta": 0.4,
+}  # fmt: skip
+
+
+def test_early_stopping_ends_a_run_with_its_best_and_last_model_and_stays_ended(tmp_path, rows):
+    flags = {
+        **STOPS, "data_path": str(rows), "val_data_path": str(rows), "save_interval": "1000"
+    }  # fmt: skip
+    run = tmp_path / "run"
+    assert train(1, run, **flags) == [0], log_of(run)
+    state = json.loads((run / "state.json").read_text())
+    assert (state["status"], state["exit_reason"]) == ("completed", "early stopping")
+    assert state["step"] < state["total_steps"]
+    losses = {r["step"]: r["eval/loss"] for r in records_of(run, "eval")}
+    best, last = min(losses, key=losses.get), max(losses)
+    assert f"best eval/loss {losses[best]:.4f} after step {best}" in log_of(run)
+    assert (sha256(run / "best" / "model.safetensors") == sha256(run / "final" / "model.safetensors")) == (best == last)
+    before = sha256(run / "final" / "model.safetensors")
+    assert train(1, run, **flags, from_resume="1") == [0]
+    assert "is finished, nothing to do" in log_of(run) and sha256(run / "final" / "model.safetensors") == before
+
+
+def test_a_run_killed_after_early_stopping_and_before_its_export_trains_no_further(tmp_path, rows):
+    flags = {
+        **STOPS, "data_path": str(rows), "val_data_path": str(rows), "save_interval": "1"
+    }  # fmt: skip
+    run = tmp_path / "run"
+    assert train(1, run, **flags) == [0]
+    step, before = json.loads((run / "state.json").read_text())["step"], sha256(run / "final" / "model.safetensors")
+    (run / "final" / "model.safetensors").unlink()
+    (run / "final").rename(tmp_path / "gone")
+    assert train(1, run, **flags, from_resume="1") == [0], log_of(run)
+    assert json.loads((run / "state.json").read_text())["step"] == step
+    assert sha256(run / "final" / "model.safetensors") == before
+
+
+def test_a_metric_that_no_evaluation_gives_is_an_error(tmp_path, rows):
+    flags = {
+        "data_path": str(rows),
+        "val_data_path": str(rows),
+        "early_stopping_patience": 2,
+        "monitor_metric": "eval/los",
+    }
+    assert train(1, tmp_path / "run", **flags) == [2]
+    assert "--monitor_metric eval/los: an evaluation gives eval/loss" in log_of(tmp_path / "run")
+
+
+def test_each_source_of_held_out_data_has_its_own_means(tmp_path, rows):
+    one, two = write_rows(tmp_path / "one.jsonl", 5, seed=3), write_rows(tmp_path / "two.jsonl", 9, seed=4)
+    flags = {"data_path": str(rows), "val_data_path": f"{one},{two}", "max_steps": 2}
+    assert train(1, tmp_path / "run", **flags) == [0]
+    (last,) = records_of(tmp_path / "run", "eval")
+    assert (
+        min(last["eval/one/loss"], last["eval/two/loss"])
+        < last["eval/loss"]
+        < max(last["eval/one/loss"], last["eval/two/loss"])
+    )
+    assert train(2, tmp_path / "two ranks", **flags) == [0, 0]
+    (shared,) = records_of(tmp_path / "two ranks", "eval")
+    assert {"eval/one/loss", "eval/two/loss", "eval/loss", "eval/token_accuracy"} <= shared.keys()
+
+
+def test_the_moving_average_is_what_the_formula_says_and_can_be_exported(tmp_path, rows):
+    from safetensors.torch import load_file
+
+    flags = {"data_path": str(rows), "max_steps": 3, "save_interval": "1", "ema_decay": 0.5, "dropout": 0.0}
+    assert train(1, tmp_path / "run", **flags, export_ema=True) == [0], log_of(tmp_path / "run")
+    steps = [
+        load_file(next(p.glob("model-*.safetensors")))
+        for p in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    ]
+    averages = [
+        load_file(next(p.glob("ema-*.safetensors"))) for p in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    ]
+    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    for name, average in averages[0].items():
+        decay = 2 / 11  # min(0.5, (1 + 1) / (10 + 1)) at the second update
+        expected = average * decay + steps[1][name] * (1 - decay)
+        assert (averages[1][name] - expected).abs().max() < 1e-6
+        assert (averages[2][name] - final[name]).abs().max() == 0 and (steps[2][name] - final[name]).abs().max() > 0
