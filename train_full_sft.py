@@ -10,9 +10,10 @@ from pathlib import Path
 
 from training.arguments import config_from_command_line
 from training.config import SHAPE_FLAGS, Config
-from training.lock import lock_or_exit, lock_run
+from training.lock import EXIT_INTERRUPTED, exit_on_ctrl_c, lock_or_exit, lock_run
 
 if __name__ == "__main__":  # before torch is imported, so that --help, a wrong flag, a taken directory need no waiting
+    CTRL_C = exit_on_ctrl_c()
     CONFIG = config_from_command_line()
     if os.environ.get("RANK", "0") == "0" and not CONFIG.dry_run:
         LOCK = lock_or_exit(Path(CONFIG.save_dir))
@@ -21,6 +22,7 @@ import contextlib
 import itertools
 import logging
 import math
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -104,10 +106,10 @@ from training.process import (
 )
 from training.records import Meter, RunRecords, StateFile, duration, peak_flops
 from training.stages import Stage, read_stages, resolve
-from training.start import Start, announce_clearing, clear_run, decide_start, refuse_changes, restarts_by_torchrun
+from training.start import Start, begin, decide_start, has_begun, refuse_changes
 from training.state import LoopState, NonFiniteError
 from training.sums import Sums, add_to, token_means
-from training.watchdog import FIRST_FACTOR, Watchdog
+from training.watchdog import EXIT_HANG, FIRST_FACTOR, Watchdog
 from training.weights import parse_loss_weights
 
 logger = logging.getLogger("train")
@@ -118,7 +120,8 @@ Weights = dict[str, float]
 
 REFUSED = dict.fromkeys((UnsafeDataError, UnsafeModelError, UnsafeCheckpointError), 77)  # first: each is one of these
 EXIT_CODES = {**REFUSED, DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
-EXIT_BUG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 70, 75, 130
+EXIT_BUG, EXIT_PREEMPTED = 70, 75
+LOST_PEER = "another process of the job is gone, see its message"
 
 
 @dataclass
@@ -327,27 +330,33 @@ def validate(
 # The job
 
 
-def run(config: Config, objective: Objective | None = None) -> dict[str, Any]:
+def run(
+    config: Config, objective: Objective | None = None, extra_identity: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Train as `config` says and return a summary; `objective` replaces the cross entropy of supervised tokens.
 
-    From where the directory is ours, its state.json tells of every error.
+    `extra_identity`: what of it a resume must find unchanged, under names that --allow_change takes. From where the directory is ours, its state.json tells of every error.
     """
     rank, _, _ = environment_rank()
     setup_logging(rank)
     save_dir = Path(config.save_dir)
     lock = lock_run(save_dir) if rank == 0 and not config.dry_run else None  # until this function ends
-    start = decide_start(save_dir, config.from_resume, config.overwrite, restarts_by_torchrun())
-    if start.clears and lock:
-        announce_clearing(save_dir)
+    start = decide_start(save_dir, config.from_resume, config.overwrite, has_begun(save_dir))
+    if lock:
+        StateFile(save_dir / "state.json").say("pending", start.clears)
     try:
-        return run_job(config, start, objective)
+        return run_job(config, start, objective, extra_identity or {})
     except Exception as error:
         if lock:
-            StateFile(save_dir / "state.json").fail(f"{type(error).__name__}: {error}", exit_code_of(error))
+            reason = LOST_PEER if is_lost_peer(error) else f"{type(error).__name__}: {error}"
+            ended = {"exit_reason": reason, "exit_code": exit_code_of(error)}
+            StateFile(save_dir / "state.json").say("failed", start.clears, **ended)
         raise
 
 
-def run_job(config: Config, start: Start, objective: Objective | None) -> dict[str, Any]:
+def run_job(
+    config: Config, start: Start, objective: Objective | None, extra_identity: dict[str, str]
+) -> dict[str, Any]:
     """All that `run` does once it is known how the run starts."""
     save_dir, started = Path(config.save_dir), time.monotonic()
     rank, local_rank, world_size = environment_rank()
@@ -411,18 +420,21 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
     checkpoint = find_checkpoint(start.checkpoint, store, verify, processes) if start.resumes else None
     saved = read_trainer_state(checkpoint) if checkpoint else {}
     state = LoopState.from_dict(saved["loop"], processes.is_main) if checkpoint else LoopState()
+    # Not where a run branches off another one, or goes back to a version that was set aside.
+    in_place = checkpoint is not None and checkpoint.resolve() == store.path(state.step).resolve()
     window_rows = rows_per_step(stages, world_size, saved.get("global_batch_size", []))
     if state.rows >= data.train.rows_of(state.epoch) and not state.unfinished:  # only where other data was allowed
         state.next_epoch()
     plan = make_plan(stages, data.train.rows_of, window_rows, state)
     data.report["train"]["steps_per_epoch"] = plan.steps_of(0)
     identity = {**data.identity, **identity_of(stages, dtype_name, window_rows, describe_model(model))}
+    identity |= {name: f"{identity.get(name, '')} | {said}" for name, said in extra_identity.items()}
     processes.agree_on("data or flags", identity, config.batch_size, state.step, plan.total_steps, config.save_interval,
                        config.log_interval, config.eval_interval, config.strategy)  # fmt: skip
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
         finished = state.step >= plan.total_steps or state.policies.get("stopped")
-        if start.continues and finished and (save_dir / "final").exists():
+        if start.continues and in_place and finished and (save_dir / "final").exists():
             logger.info(
                 "%s is finished, nothing to do. More epochs: --allow_change schedule; a new run on the result: "
                 "--from_weight %s/final with another --save_dir", save_dir, save_dir,
@@ -478,9 +490,8 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
         "config": asdict(resolved),
     }
     if processes.is_main:
-        if start.clears:
-            clear_run(save_dir)
-        store.set_aside_newer(state.step, warn=logger.warning)
+        begin(save_dir, start.clears)
+        store.set_aside_from(state.step + (state.step == 0 or in_place), warn=logger.warning)
         write_rejects(save_dir / "rejects.jsonl", data.rejects)
         write_descriptions(save_dir, resolved, data.report, device_name, world_size, torch.get_num_threads())
     body, head = model.parameter_counts()
@@ -488,11 +499,11 @@ def run_job(config: Config, start: Start, objective: Objective | None) -> dict[s
     if processes.is_main and config.reports_to_wandb:
         wandb = partial(WandbSink, config.wandb_project, constants["wandb_id"], save_dir, asdict(resolved))
         records.metrics.follow(wandb)
-    watchdog = Watchdog(config.group_timeout_seconds, on_hang=partial(records.status, "failed"))
+    watchdog = Watchdog(config.group_timeout_seconds, on_hang=partial(records.status, "failed", exit_code=EXIT_HANG))
     learner.beat = watchdog.beat
     checkpointer = Checkpointer(
         store, model, optimizer, scaler, state, constants, processes, records.event, config.async_save, watchdog.beat,
-        more={"ema": ema.weights} if ema else {},
+        more={"ema": ema.weights} if ema else {}, is_saved=in_place or state.step == 0,
     )  # fmt: skip
 
     def save(last: bool = False) -> None:
@@ -604,16 +615,16 @@ def exit_code_of(error: Exception) -> int:
     return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), EXIT_BUG)
 
 
-def main(config: Config) -> int:
+def main(config: Config, run_it: Callable[[Config], dict[str, Any]] | None = None) -> int:
     """Run and turn what went wrong into one message and an exit code that says what kind of thing it was."""
     try:
-        summary = run(config)
+        summary = (run_it or run)(config)
     except KeyboardInterrupt:
         logger.error("stopped by Ctrl-C before the first step")
         return EXIT_INTERRUPTED
     except Exception as error:
         if is_lost_peer(error):
-            logger.error("stopped: another process of the job is gone, see its message")
+            logger.error("stopped: %s", LOST_PEER)
         elif isinstance(error, tuple(EXIT_CODES)):
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             # What a library raised under a name that we use for what the user can mend may be a fault of ours.
@@ -625,4 +636,5 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, CTRL_C)
     end_process(main(CONFIG))

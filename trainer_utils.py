@@ -411,14 +411,16 @@ class Checkpointer:
         in_background: bool = False,
         beat: Callable[[], None] = lambda: None,
         more: Mapping[str, Mapping[str, Tensor]] | None = None,
+        is_saved: bool = False,
     ):
-        """`state` has `step` and `to_dict(sum_ints)`; `report(step, event, **values)` hears of each checkpoint."""
+        """`state` has `step` and `to_dict(sum_ints)`; `report(step, event, **values)` hears of each checkpoint.
+
+        `is_saved`: there is one of this step, or none is needed.
+        """
         self.store, self.model, self.optimizer, self.scaler = store, model, optimizer, scaler
         self.state, self.constants, self.processes, self.report = state, constants, processes, report
         self.in_background, self.beat, self.more = in_background, beat, more or {}
-        # A run that branches off another one has no checkpoint of its own yet; before the first step none is made.
-        has_own = processes.from_main(int(store.path(state.step).is_dir()))
-        self.saved_step = state.step if has_own or state.step == 0 else -1
+        self.saved_step = state.step if is_saved else -1
         self.failures = 0
         self.flight: Any = None
 

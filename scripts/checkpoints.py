@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ from training.config import SHAPE_FLAGS, Config
 from training.lock import lock_run
 
 ASIDE = "aside-"
-VERSION = re.compile(r"(?:aside-)?step-\d{8,}")
+VERSION = re.compile(r"(aside-(\d+-)?)?step-\d{8,}")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -216,7 +214,7 @@ def export(place: Place, options: argparse.Namespace) -> int:
     checkpoint = good_version(place, options.step)
     out = options.out or place.run / f"export-{checkpoint.name.removeprefix(ASIDE)}"
     if out.exists():  # what lies there might be anything, and publishing would replace it
-        raise ValueError(f"--out {out} exists already, name another directory")
+        raise ValueError(f"{out} exists already: delete it, or name another directory with --out")
     manifest, state = read_manifest(checkpoint), read_trainer_state(checkpoint)
     settings = state["config"]
     from_weight = weights_source(settings["from_weight"])
@@ -249,6 +247,12 @@ def prune(place: Place, options: argparse.Namespace) -> int:
         raise ValueError(f"{place.only} is one checkpoint: name the run whose checkpoints are to be pruned")
     with lock_run(place.run):
         store = store_as_kept(place, options)
+        measured = {name for manifest in store.manifests().values() for name in manifest["metrics"]}
+        if store.keep_best and store.metric not in measured:
+            raise ValueError(
+                f"--keep_best {store.keep_best}: no checkpoint has the metric {store.metric}, only "
+                f"{', '.join(sorted(measured)) or 'none at all'}; --keep_best 0 keeps none for a metric"
+            )
         newest = store.newest_verified(warn=lambda line: print(f"warning: {line}", file=sys.stderr))
         retired = [step for step in store.retired() if step != newest]
         paths = [store.path(step) for step in retired] + (place.set_aside() if options.aside else [])
@@ -256,12 +260,8 @@ def prune(place: Place, options: argparse.Namespace) -> int:
             print(f"{'deleting' if options.yes else 'would delete'} {path}")
         left = [path for path in place.versions() if path not in paths]
         if options.yes:
-            for step in retired:
-                store.delete(step)
-            for path in paths[len(retired) :]:
-                trash = path.with_name(f".trash-{path.name}")  # so that half of it never looks like a checkpoint
-                os.rename(path, trash)
-                shutil.rmtree(trash)
+            for path in paths:
+                store.delete(path)
     print(f"{'kept' if options.yes or not paths else 'would keep'}: {names(left)}")
     if paths and not options.yes:
         print("nothing was deleted: --yes does it")

@@ -153,7 +153,7 @@ def test_what_lies_beyond_the_resumed_step_is_set_aside_and_never_crowds_out_the
     for step in (3, 16, 18):
         publish(store, step) if step == 3 else publish(CheckpointStore(store.directory, keep_last=9), step)
     said = []
-    store.set_aside_newer(3, said.append)
+    store.set_aside_from(4, said.append)
     assert store.steps() == [3] and len(said) == 2
     assert (store.directory / "aside-step-00000018" / "manifest.json").exists(), "nothing is lost"
     publish(store, 4)

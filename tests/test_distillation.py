@@ -3,11 +3,14 @@
 import copy
 import json
 import math
+import os
 import shutil
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 import model.losses
 from model.choose import OWN_TOKENIZER, load_tokenizer
@@ -20,6 +23,8 @@ from model.distillation import (
 )
 from model.loading import load_model
 from model.losses import make_sft_objective
+from scripts.train_distillation import parse, weights_of_terms
+from tests.small_world import TINY, log_of, records_of, result_of, resume_from, run_ranks, train
 from tests.test_export import foreign
 from tests.tiny_model import FILLER, logits_of, pack, tiny, tokens
 from training.weights import parse_loss_weights
@@ -256,3 +261,155 @@ def test_a_fingerprint_tells_weights_apart():
     trained = tiny()
     trained.model.norm.weight.data[0] += 1e-6
     assert fingerprint(trained) != fingerprint(tiny())
+
+
+# --- the script
+
+
+def test_own_flags_and_those_of_the_trainer_may_stand_in_any_order():
+    words = "--packing 0 --teacher DIR --max_steps 7 --alpha=0.5 --bare --data_path a.jsonl --teacher_dtype float16"
+    options, config = parse(words.replace("--bare", "--deterministic").split())
+    assert vars(options) == {"teacher": "DIR", "alpha": 0.5, "temperature": 4.0, "teacher_dtype": "float16"}
+    assert (config.packing, config.max_steps, config.deterministic, config.data_path) == (False, 7, True, "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("--help", 0, "--teacher_dtype"), ("--help", 0, "--max_seq_len"), ("--alpha 0.5", 2, "--teacher"),
+        ("--teacher a --temprature 3", 2, "unknown flag --temprature"), ("--teacher a --alpha b", 2, "--alpha"),
+        ("--teacher a --batch_size 0", 2, "--batch_size 0: must be at least 1"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(capsys, words, code, said):
+    with pytest.raises(SystemExit) as end:
+        parse(words.split())
+    assert end.value.code == code and said in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("given", "alpha", "expected"),
+    [
+        ("", None, "ce=0.3, kd=0.7"), ("", 0.9, "ce=0.1, kd=0.9"), ("z=1e-4", None, "ce=0.3, kd=0.7, z=1e-4"),
+        ("kd=linear(0, 1, 0, 3)", None, "ce=0.3, kd=linear(0, 1, 0, 3)"), ("ce=2, kd=1", None, "ce=2, kd=1"),
+        ("ce=0.3, kd=0.7", 0.7, "ce=0.3, kd=0.7"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_given_stay(given, alpha, expected):
+    assert weights_of_terms(given, alpha) == expected
+    assert parse_loss_weights(expected)
+
+
+def test_two_weights_for_one_term_are_refused():
+    with pytest.raises(ValueError, match="--alpha 0.5 means ce=0.5, kd=0.5, --loss_weights says kd=1: give one"):
+        weights_of_terms("kd=1", 0.5)
+
+
+NOISY = {"neftune_alpha": 5.0}  # and TINY has dropout: what is drawn has to be drawn again
+
+
+def distill(world_size, save_dir, *words, **flags):
+    """Exit codes of the ranks of the script, as torchrun would start it."""
+    values = {**TINY, "save_dir": str(save_dir), "cache_dir": str(save_dir.parent / "cache"), "max_steps": 4, **flags}
+    save_dir.parent.mkdir(parents=True, exist_ok=True)
+    argv = [*words, *(f"--{name}={value}" for name, value in values.items() if name != "epochs")]
+    return run_ranks(_distill_rank, world_size, (argv, str(save_dir)))
+
+
+def _distill_rank(rank, argv, save_dir):
+    descriptor = os.open(f"{save_dir}.rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from scripts.train_distillation import main, parse
+
+    sys.exit(main(*parse(argv)))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, rows):
+    """A finished run, twice as wide as its students."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    assert train(1, run, data_path=str(rows), hidden_size=32, max_steps=4) == [0], log_of(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory, rows, teacher):
+    run = tmp_path_factory.mktemp("distilled") / "run"
+    flags = {"data_path": rows, "val_data_path": rows, "eval_at_start": 1, **NOISY}
+    assert distill(1, run, "--teacher", str(teacher), **flags) == [0], log_of(run)
+    return run
+
+
+def test_a_run_under_a_teacher_learns_from_both(distilled):
+    steps, evaluations = records_of(distilled, "train"), records_of(distilled, "eval")
+    assert len(steps) == 4 and all(record["train/loss_kd"] > 0 for record in steps)
+    assert evaluations[-1]["eval/loss_kd"] < evaluations[0]["eval/loss_kd"]
+    assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
+    saved = yaml.safe_load((distilled / "config.yaml").read_text())
+    assert saved["loss_weights"] == "ce=0.3, kd=0.7" and saved["hidden_size"] == 16
+    assert "in float32" in log_of(distilled)
+
+
+def test_a_resumed_run_under_a_teacher_ends_with_the_same_bits(tmp_path, rows, teacher, distilled):
+    flags = {"data_path": rows, "val_data_path": rows, "eval_at_start": 1, "from_resume": 1, **NOISY}
+    cut = resume_from(distilled, 2, tmp_path / "cut")
+    moved = shutil.copytree(teacher / "final", tmp_path / "elsewhere")  # a teacher is known by its weights
+    assert distill(1, cut, "--teacher", str(moved), **flags) == [0], log_of(cut)
+    assert "resumed from" in log_of(cut)
+    assert result_of(cut) == result_of(distilled)
+    assert distill(1, tmp_path / "other", "--teacher", str(teacher), **flags | {"from_resume": 0, "seed": 8}) == [0]
+    assert result_of(tmp_path / "other")["final"] != result_of(distilled)["final"]
+
+
+def test_a_resume_under_another_teacher_or_none_is_refused(tmp_path, rows, teacher, distilled):
+    flags = {"data_path": str(rows), "val_data_path": str(rows), "from_resume": "1", **NOISY}
+    cut = resume_from(distilled, 2, tmp_path / "cut")
+    own, other = ("--teacher", str(teacher)), ("--teacher", str(distilled))
+    for words in ((*own, "--temperature", "3"), (*own, "--alpha", "0.6"), (*own, "--teacher_dtype", "bfloat16"), other):
+        assert distill(1, cut, *words, **flags) == [2], words
+        assert "objective: the checkpoint has" in log_of(cut) and "--allow_change objective" in log_of(cut)
+    assert train(1, cut, **flags, max_steps=4, loss_weights="ce=0.3, kd=0.7") == [2]
+    assert "objective: the checkpoint has" in log_of(cut)
+    assert distill(1, cut, *own, "--temperature", "3", "--allow_change", "objective", **flags) == [0], log_of(cut)
+
+
+def test_two_ranks_learn_what_one_learns(tmp_path, rows, teacher):
+    losses = []
+    for world_size in (1, 2):
+        run = tmp_path / str(world_size)
+        flags = {"data_path": rows, "dropout": 0.0, "global_batch_size": 2, "gradient_penalty": 1e-3}
+        codes = distill(world_size, run, "--teacher", str(teacher), **flags, loss_weights="z=1e-3")
+        assert codes == [0] * world_size, log_of(run)
+        records = records_of(run, "train")
+        losses += [[r[f"train/loss{name}"] for r in records for name in ("", "_kd", "_z", "_gp")]]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_with_alpha_0_the_run_is_that_of_the_trainer(tmp_path, rows, teacher):
+    flags = {"data_path": str(rows), "label_smoothing": 0.1, "val_data_path": str(rows)}
+    assert distill(1, tmp_path / "silent", "--teacher", str(tmp_path / "nobody"), "--alpha", "0", **flags) == [0]
+    assert train(1, tmp_path / "plain", **flags, max_steps=4) == [0]
+    assert result_of(tmp_path / "silent") == result_of(tmp_path / "plain")
+    assert distill(1, tmp_path / "taught", "--teacher", str(teacher), **flags) == [0]
+    assert result_of(tmp_path / "taught")["final"] != result_of(tmp_path / "plain")["final"]
+
+
+def test_a_teacher_that_does_not_fit_ends_the_run_with_one_message(tmp_path, rows, teacher):
+    final = shutil.copytree(teacher / "final", tmp_path / "narrow")
+    settings = json.loads((final / "config.json").read_text())
+    (final / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 32}))
+    program = shutil.copytree(teacher / "final", tmp_path / "program")
+    (program / "model.safetensors").rename(program / "pytorch_model.bin")
+    unlike = shutil.copytree(teacher / "final", tmp_path / "unlike")
+    tokenizer = load_tokenizer(str(unlike))
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(unlike)
+    cases = [
+        (tmp_path / "nobody", 2, "no model in"), (final, 2, "--max_seq_len 64: the teacher knows 32 positions"),
+        (program, 77, "is a pickle"), (unlike, 2, "the teacher has another vocabulary than the student: eos_token"),
+    ]  # fmt: skip
+    for directory, code, said in cases:
+        run = tmp_path / f"run-{directory.name}"
+        assert distill(1, run, "--teacher", str(directory), data_path=rows) == [code], log_of(run)
+        assert said in log_of(run) and "Traceback" not in log_of(run)

@@ -1,64 +1,75 @@
 """How flags, the run's directory and restarts by torchrun decide together how a run begins."""
 
+import dataclasses
 import json
 import os
 
 import pytest
 
 from scripts.checkpoints import main as checkpoints
-from tests.small_world import KillAtCall, log_of, records_of, train, write_rows
-from training.start import OVERWRITING, Start, decide_start, refuse_changes
+from tests.small_world import KillAtCall, log_of, records_of, sha256, train, write_rows
+from training.start import JOB, Start, begin, decide_start, has_begun, refuse_changes
 
 AFRESH, NEWEST = Start(), Start(resumes=True, continues=True)
 
 
 @pytest.fixture
 def places(tmp_path):
-    """An empty directory, a run, a result without checkpoints, and a run that --overwrite was about to delete."""
-    made = {name: tmp_path / name for name in ("empty", "run", "result", "being overwritten")}
+    """An empty directory, two runs, and a result without checkpoints."""
+    made = {name: tmp_path / name for name in ("empty", "run", "other", "result")}
     for path in made.values():
         path.mkdir()
-    for name in ("run", "being overwritten"):
+    for name in ("run", "other"):
         checkpoint = made[name] / "checkpoints" / "step-00000004"
         checkpoint.mkdir(parents=True)
         (checkpoint / "manifest.json").touch()
     (made["result"] / "final").mkdir()
-    (made["being overwritten"] / OVERWRITING).touch()
     return made
 
 
 @pytest.mark.parametrize(
-    ("place", "from_resume", "overwrite", "restarts", "expected"),
+    ("place", "from_resume", "overwrite", "begun", "expected"),
     [
-        ("empty", "0", False, 0, AFRESH),
-        ("empty", "1", False, 0, NEWEST),
-        ("empty", "0", True, 0, Start(clears=True)),
-        ("empty", "0", False, 1, NEWEST),
-        ("run", "1", False, 0, NEWEST),
-        ("run", "0", True, 0, Start(clears=True)),
-        ("run", "0", True, 1, NEWEST),  # its own by now
-        ("run", "0", False, 1, NEWEST),
-        ("result", "0", True, 0, Start(clears=True)),
-        ("being overwritten", "0", True, 1, Start(clears=True)),
-        ("being overwritten", "0", True, 0, Start(clears=True)),
-        ("being overwritten", "1", False, 0, NEWEST),  # the wish to overwrite was another start's
-        ("being overwritten", "1", False, 1, NEWEST),
+        ("empty", "0", False, False, AFRESH),
+        ("empty", "1", False, False, NEWEST),
+        ("empty", "0", True, False, Start(clears=True)),
+        ("empty", "0", False, True, NEWEST),  # killed before its first checkpoint
+        ("run", "1", False, False, NEWEST),
+        ("run", "0", True, False, Start(clears=True)),
+        ("run", "0", True, True, NEWEST),  # its own by now
+        ("run", "0", False, True, NEWEST),
+        ("result", "0", True, False, Start(clears=True)),
     ],
 )
-def test_the_start_follows_from_flags_directory_and_restarts(
-    places, place, from_resume, overwrite, restarts, expected
-):  # fmt: skip
-    assert decide_start(places[place], from_resume, overwrite, restarts) == expected
+def test_the_start_follows_from_flags_directory_and_job(places, place, from_resume, overwrite, begun, expected):
+    assert decide_start(places[place], from_resume, overwrite, begun) == expected
 
 
-def test_a_checkpoint_elsewhere_branches_off_until_the_branch_has_one_of_its_own(places):
+def test_a_checkpoint_elsewhere_branches_off_until_the_branch_has_begun(places):
     named = places["run"] / "checkpoints" / "step-00000004"
     branch = Start(resumes=True, checkpoint=named)
-    assert decide_start(places["empty"], str(named), False, 0) == branch
-    assert decide_start(places["empty"], str(named), False, 1) == branch, "restarted before its first checkpoint"
-    assert decide_start(places["run"], str(named), False, 0) == Start(resumes=True, checkpoint=named, continues=True)
-    other = places["being overwritten"] / "checkpoints" / "step-00000004"
-    assert decide_start(places["run"], str(other), False, 1) == NEWEST, "restarted after it"
+    assert decide_start(places["empty"], str(named), False, False) == branch
+    assert decide_start(places["empty"], str(named), False, True) == NEWEST
+    assert decide_start(places["run"], str(named), False, False) == dataclasses.replace(branch, continues=True)
+    other = places["other"] / "checkpoints" / "step-00000004"
+    with pytest.raises(ValueError, match="already holds a run"):
+        decide_start(places["run"], str(other), False, False)
+
+
+def test_a_job_has_begun_when_its_name_stands_there_and_it_was_started_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    begin(tmp_path, clears=False)
+    assert not has_begun(tmp_path), "started for the first time"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert has_begun(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    assert not has_begun(tmp_path), "another job"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun says so without a rendezvous
+    assert not has_begun(tmp_path)
+    begin(tmp_path, clears=False)
+    assert has_begun(tmp_path), "the same launcher"
+    (tmp_path / JOB).write_text("[" * 100_000)
+    assert not has_begun(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +83,7 @@ def test_a_checkpoint_elsewhere_branches_off_until_the_branch_has_one_of_its_own
 )
 def test_what_would_lose_a_run_or_cannot_be_is_refused(places, place, from_resume, message):
     with pytest.raises(ValueError, match=message):
-        decide_start(places[place], from_resume, False, 0)
+        decide_start(places[place], from_resume, False, False)
 
 
 def test_changes_are_shown_with_both_values():
@@ -109,12 +120,41 @@ def dies_while_it_starts(objective, rank):
 def test_a_restart_does_not_take_the_run_to_be_overwritten_for_its_own(tmp_path, rows):
     flags = {"data_path": str(rows), "save_interval": "2"}
     assert train(1, tmp_path / "run", **flags, max_steps=4) == [0]
+    (tmp_path / "run" / JOB).write_text('{"name": "another job"}')
     flags |= {"overwrite": True, "max_steps": 6}
     assert train(1, tmp_path / "run", wrap_objective=dies_while_it_starts, **flags) == [9]
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 2, "nothing was deleted before it was sure"
     assert train(1, tmp_path / "run", wrap_objective=restarted_by_torchrun, **flags) == [0], log_of(tmp_path / "run")
-    assert "resumed" not in log_of(tmp_path / "run") and not (tmp_path / "run" / OVERWRITING).exists()
+    assert "resumed" not in log_of(tmp_path / "run")
     assert [r["step"] for r in records_of(tmp_path / "run", "train")] == list(range(1, 7))
+
+
+def test_a_restart_of_a_job_that_was_refused_is_refused_too(tmp_path, rows):
+    """torchrun starts it again whatever it ended for."""
+    flags = {"data_path": str(rows), "save_interval": "2"}
+    assert train(1, tmp_path / "run", **flags, max_steps=4) == [0]
+    (tmp_path / "run" / JOB).write_text('{"name": "another job"}')
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert train(1, tmp_path / "run", wrap_objective=restarted_by_torchrun, **flags, max_steps=6) == [2]
+    assert "already holds a run" in log_of(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
+
+
+def test_a_version_that_was_set_aside_goes_on_in_the_place_of_the_one_that_replaced_it(tmp_path, rows):
+    flags = {"data_path": str(rows), "save_interval": "2", "max_steps": 8}
+    run = tmp_path / "run"
+    assert train(1, run, **flags) == [0]
+    first = sha256(run / "final" / "model.safetensors")
+    older = {"from_resume": str(run / "checkpoints" / "step-00000004")}
+    assert train(1, run, **flags, **older, grad_clip=0.01, allow_change="optimizer") == [0]
+    second = sha256(run / "final" / "model.safetensors")
+    assert second != first
+    aside = {"from_resume": str(run / "checkpoints" / "aside-step-00000008")}
+    assert train(1, run, **flags, **aside) == [0], log_of(run)
+    assert sha256(run / "final" / "model.safetensors") == first
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert {"aside-step-00000008", "aside-2-step-00000008", "step-00000008"} <= set(names), "no version is lost"
+    assert checkpoints(["verify", str(run)]) == 0
 
 
 def fails_in_a_library(objective, rank):
@@ -136,6 +176,23 @@ def test_state_json_tells_of_every_error(tmp_path, rows, flags, wrap, code, reas
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     assert (state["status"], state["exit_code"]) == ("failed", code) and reason in state["exit_reason"]
     assert state["pid"] and state["host"] and state["updated_at"]
+
+
+@pytest.mark.parametrize("content", ["5", "[" * 100_000, "no json"])
+def test_an_odd_state_json_hides_no_error(tmp_path, rows, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text(content)
+    assert train(1, tmp_path / "run", data_path="nothing.jsonl") == [65]
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["exit_code"] == 65
+
+
+def test_a_run_that_is_not_yet_overwritten_stays_as_it_was(tmp_path, rows):
+    assert train(1, tmp_path / "run", data_path=str(rows), max_steps=2) == [0]
+    path = tmp_path / "run" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "stopped", "pid": 1}))
+    before = path.read_text()
+    assert train(1, tmp_path / "run", data_path="nothing.jsonl", overwrite=True) == [65]
+    assert path.read_text() == before
 
 
 def test_a_finished_run_that_cannot_be_gone_on_with_stays_finished(tmp_path, rows):

@@ -33,7 +33,7 @@ def finished(tmp_path_factory, rows):
 def test_a_run_writes_exactly_these_files(finished):
     names = sorted(os.listdir(finished))
     assert names == [
-        ".lock", "checkpoints", "config.yaml", "data_report.json", "environment.json", "final", "metrics.jsonl",
+        ".job", ".lock", "checkpoints", "config.yaml", "data_report.json", "environment.json", "final", "metrics.jsonl",
         "state.json",
     ]  # fmt: skip
     assert len(os.listdir(finished / "checkpoints")) == 2
@@ -317,5 +317,10 @@ def test_samples_beyond_the_positions_of_a_model_are_refused(tmp_path, rows, fin
 def test_a_rehearsal_shows_everything_and_writes_nothing(tmp_path, rows):
     assert train(1, tmp_path / "run", data_path=str(rows), dry_run=True) == [0]
     log = log_of(tmp_path / "run")
-    assert "<|im_start|>user" in log and "\x1b[32m" in log and "steps in all (of 1 rows" in log and "Nothing was saved" in log
+    assert (
+        "<|im_start|>user" in log
+        and "\x1b[32m" in log
+        and "steps in all (of 1 rows" in log
+        and "Nothing was saved" in log
+    )
     assert not (tmp_path / "run").exists()

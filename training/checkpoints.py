@@ -35,7 +35,7 @@ FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
-_LEFTOVER = re.compile(r"\.(tmp|trash)-step-\d{8,}")  # of a save, of a deletion that was cut short
+_LEFTOVER = re.compile(r"\.(tmp|trash)-(aside-(\d+-)?)?step-\d{8,}")  # of a save, of a deletion that was cut short
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -143,14 +143,13 @@ class CheckpointStore:
     def temporary(self, step: int) -> Path:
         return self.directory / f".tmp-step-{step:08d}"
 
-    def set_aside_newer(self, step: int, warn: Callable[[str], None]) -> None:
+    def set_aside_from(self, first: int, warn: Callable[[str], None]) -> None:
         """Rename what lies beyond the step that a run goes on from: it is damaged, or of a branch that is left.
 
         It must not count among the newest ones, or it would be kept and the new ones deleted.
         """
-        for newer in [s for s in self.steps() if s > step]:
-            aside = self._set_aside(newer)
-            warn(f"the run goes on from step {step}: {self.path(newer).name} is set aside as {aside}")
+        for step in [s for s in self.steps() if s >= first]:
+            warn(f"{self.path(step).name} is not of the run that goes on, it is set aside as {self._set_aside(step)}")
         if self.directory.is_dir():
             fsync_path(self.directory)
 
@@ -213,16 +212,24 @@ class CheckpointStore:
                 raise
         try:
             for old in self.retired():
-                self.delete(old)
+                self.delete(self.path(old))
         except OSError as error:  # the new checkpoint stands; the next one tries again
             logger.warning("an old checkpoint could not be deleted: %s", error)
         return final
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Let the manifest of a checkpoint, where there is one, tell what was measured only after it was saved."""
-        if self.path(step).is_dir():
-            manifest = read_manifest(self.path(step))
-            write_manifest(self.path(step), step, manifest["files"], {**manifest["metrics"], **metrics})
+        """Let the manifest of a checkpoint, where there is one, tell what was measured only after it was saved.
+
+        A disk that cannot take it is told and no reason to end.
+        """
+        if not self.path(step).is_dir():
+            return
+        manifest = read_manifest(self.path(step))
+        if more := metrics.items() - manifest["metrics"].items():
+            try:
+                write_manifest(self.path(step), step, manifest["files"], {**manifest["metrics"], **dict(more)})
+            except OSError as error:
+                logger.warning("the metrics of step %d cannot be added to its checkpoint: %s", step, error)
 
     def abandon(self, step: int) -> None:
         shutil.rmtree(self.temporary(step), ignore_errors=True)
@@ -250,16 +257,18 @@ class CheckpointStore:
         kept = {*list(manifests)[-self.keep_last :], *self.best(manifests)}
         return [step for step in manifests if step not in kept]
 
-    def delete(self, step: int) -> None:
+    def delete(self, path: Path) -> None:
         """Take the name away first, so that a crash in the middle leaves nothing that looks like a checkpoint."""
-        trash = self.directory / f".trash-{self.path(step).name}"
-        os.rename(self.path(step), trash)
+        trash = self.directory / f".trash-{path.name}"
+        os.rename(path, trash)
         fsync_path(self.directory)
         shutil.rmtree(trash)
 
     def _set_aside(self, step: int) -> Path:
-        aside = self.directory / f"aside-{self.path(step).name}"
-        remove(aside)
+        number, aside = 1, self.directory / f"aside-{self.path(step).name}"
+        while os.path.lexists(aside):
+            number += 1
+            aside = self.directory / f"aside-{number}-{self.path(step).name}"
         os.rename(self.path(step), aside)
         return aside
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import subprocess
@@ -12,16 +13,24 @@ from typing import Any
 from training.config import Config
 from training.files import replace_json
 
+logger = logging.getLogger("train")
+
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy", "wandb")
 
 
 def write_descriptions(
     save_dir: Path, config: Config, report: dict[str, Any], device_name: str, world_size: int, threads: int
 ) -> None:
-    """config.yaml, data_report.json and environment.json: the flags, the data, the code and the machine of a run."""
-    (save_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    replace_json(save_dir / "data_report.json", report)
-    replace_json(save_dir / "environment.json", describe_environment(device_name, world_size, threads))
+    """config.yaml, data_report.json and environment.json: the flags, the data, the code and the machine of a run.
+
+    A full disk is told and is no reason to end: checkpoints have their own rules.
+    """
+    try:
+        (save_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        replace_json(save_dir / "data_report.json", report)
+        replace_json(save_dir / "environment.json", describe_environment(device_name, world_size, threads))
+    except OSError as error:
+        logger.warning("what describes the run cannot be written: %s", error)
 
 
 def describe_environment(device_name: str, world_size: int, threads: int) -> dict[str, Any]:

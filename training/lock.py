@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+EXIT_INTERRUPTED = 130
+
+
+def exit_on_ctrl_c() -> Any:
+    """While a program imports what it needs, which takes seconds and whose traceback says nothing.
+
+    Returns the handler to put back for SIGINT after that.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+    return before
 
 
 def lock_run(save_dir: Path) -> IO[str]:

@@ -72,9 +72,14 @@ class MetricsLog:
     def start(self, step: int, whole_step: bool = True) -> None:
         """Keep the records up to `step`, so that no step stands twice after a resume; from step 0 on, none.
 
-        Unless the `whole_step` was finished, of its records only the one of the update is kept.
+        Unless the `whole_step` was finished, of its records only the one of the update is kept. Those of a run that
+        has left no checkpoint are set aside.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not step and self.path.exists():
+            aside = self.path.with_name(f"aside-{self.path.name}")
+            os.replace(self.path, aside)
+            logger.warning("the run starts afresh, what an earlier one without a checkpoint has logged is in %s", aside)
         records = read_records(self.path) if step and self.path.exists() else []
         kept = [r for r in records if r["step"] < step or r["step"] == step and (whole_step or r["kind"] == "train")]
         temporary = self.path.with_name(f".{self.path.name}.tmp")

@@ -37,15 +37,20 @@ class StateFile:
         self.values: dict[str, Any] = {"status": "pending", "pid": os.getpid(), "host": socket.gethostname()}
         self._written_at = 0.0
 
-    def fail(self, reason: str, exit_code: int) -> None:
-        """Say that the run has failed, where it was then; a finished one that could not be gone on with stays so."""
-        said: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            said = dict(json.loads(self.path.read_text(encoding="utf-8")))
-        if said.get("status") != "completed":
-            ended = {"status": "failed", "exit_reason": reason, "exit_code": exit_code, "updated_at": time.time()}
-            self.values = {**said, **self.values, **ended}
-            self._write()
+    def say(self, status: str, clears: bool = False, **more: Any) -> None:
+        """Say so of the run wherever it is, before it trains or after it failed, and keep what else is said.
+
+        A finished run that could not be gone on with stays finished, and one that is still to be cleared as it was.
+        """
+        said: Any = {}
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            said = json.loads(self.path.read_text(encoding="utf-8"))
+        said = said if isinstance(said, dict) else {}
+        if said.get("status") == "completed" or (clears and said and said.get("pid") != os.getpid()):
+            return
+        kept = {name: value for name, value in said.items() if name not in ("exit_reason", "exit_code")}
+        self.values = {**kept, **self.values, "status": status, "updated_at": time.time(), **more}
+        self._write()
 
     def update(self, **values: Any) -> None:
         now = time.time()
@@ -236,10 +241,12 @@ class RunRecords:
             self.progress.advance()
             self.state_file.update(**self._position())
 
-    def status(self, status: str, exit_reason: str | None = None) -> None:
+    def status(self, status: str, exit_reason: str | None = None, exit_code: int | None = None) -> None:
         if self.is_main:
-            reason = {"exit_reason": exit_reason} if exit_reason else {}
-            self.state_file.update(status=status, **self._position(), **reason)
+            ended = {"exit_reason": exit_reason, "exit_code": exit_code}
+            self.state_file.update(
+                status=status, **self._position(), **{k: v for k, v in ended.items() if v is not None}
+            )
 
     def metrics_of(self, step: int) -> dict[str, float]:
         """What an evaluation after this step gave, if there was one."""

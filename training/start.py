@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.checkpoints import MANIFEST, TRAINER_STATE, CheckpointStore
-from training.files import fsync_path, remove
+from training.files import remove, replace_json
 
-# Lies there until --overwrite has deleted the run in its way, which a restart by torchrun must not take for its own.
-OVERWRITING = ".overwriting"
+logger = logging.getLogger("train")
+
+JOB = ".job"  # says which job of torchrun has begun to train into the directory
 RUN_FILES = (
     "checkpoints", "final", "best", "report", "wandb", "config.yaml", "state.json", "metrics.jsonl", "alerts.jsonl",
-    "data_report.json", "environment.json", "control.json", "rejects.jsonl", "evaluation.json", OVERWRITING,
+    "data_report.json", "environment.json", "control.json", "rejects.jsonl", "evaluation.json", "export-step-*",
+    "aside-metrics.jsonl", JOB,
 )  # fmt: skip
 
 
@@ -26,17 +32,16 @@ class Start:
     clears: bool = False  # what lies in --save_dir is deleted first
 
 
-def decide_start(save_dir: Path, from_resume: str, overwrite: bool, restarts: int) -> Start:
-    """What the flags, the run's directory and the number of restarts by torchrun mean together; changes nothing.
+def decide_start(save_dir: Path, from_resume: str, overwrite: bool, begun: bool) -> Start:
+    """What the flags and the run's directory mean together; changes nothing.
 
-    A directory that holds a run is continued, or emptied when told so, but never written over in silence. Raises
-    ValueError naming the ways out.
+    `begun`: this job has begun to train there already and torchrun has started it again; what its flags say was how it
+    began. A directory that holds a run is continued, or emptied when told so, but never written over in silence.
+    Raises ValueError naming the ways out.
     """
+    if begun:
+        return Start(resumes=True, continues=True)
     steps, final = CheckpointStore(save_dir / "checkpoints").steps(), save_dir / "final"
-    if restarts and overwrite and (save_dir / OVERWRITING).exists():  # what lies there is still the other run
-        return Start(clears=True)
-    if restarts and (steps or from_resume == "0"):  # what the flags said was how the job began, and it has begun
-        from_resume, overwrite = "1", False
     if from_resume in ("0", "1"):
         start = Start(resumes=from_resume == "1", continues=from_resume == "1", clears=overwrite)
     else:
@@ -61,20 +66,35 @@ def decide_start(save_dir: Path, from_resume: str, overwrite: bool, restarts: in
     return start
 
 
-def restarts_by_torchrun() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def job_name() -> str:
+    """The same for all that one torchrun starts, again and again, and for nothing else."""
+    name, launcher = os.environ.get("TORCHELASTIC_RUN_ID", "none"), os.getppid()
+    if name != "none":
+        return name
+    born = "?"
+    with suppress(OSError):
+        born = Path(f"/proc/{launcher}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    return f"{socket.gethostname()} {launcher} {born}"
 
 
-def announce_clearing(save_dir: Path) -> None:
-    """Leave word that the run in the directory is to be deleted; `clear_run` does so when the new one starts."""
-    (save_dir / OVERWRITING).touch()
-    fsync_path(save_dir)
+def has_begun(save_dir: Path) -> bool:
+    """Whether torchrun has started this job again after it had begun to train into the directory."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return False
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        return bool(json.loads((save_dir / JOB).read_text(encoding="utf-8"))["name"] == job_name())
+    return False
 
 
-def clear_run(save_dir: Path) -> None:
-    """Delete what a run has written; other files in the directory stay."""
-    for name in RUN_FILES:
-        remove(save_dir / name)
+def begin(save_dir: Path, clears: bool) -> None:
+    """Delete what another run has written, where that is wished (other files stay), and take the directory over."""
+    for pattern in RUN_FILES if clears else ():
+        for path in sorted(save_dir.glob(pattern)):
+            remove(path)
+    try:
+        replace_json(save_dir / JOB, {"name": job_name()})
+    except OSError as error:  # a restart would then do what the flags say
+        logger.warning("the run goes on without a note of its job: %s", error)
 
 
 def refuse_changes(saved: dict[str, Any], current: dict[str, Any], allowed: list[str]) -> list[str]:
