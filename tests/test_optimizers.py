@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from model.losses import sft_objective
-from tests.small_world import run_ranks
+from tests.small_world import log_of, resume_from, run_ranks, train, without_events
 from tests.tiny_model import SHAPE, pack, tokens
 from trainer_utils import Processes, blocks_to_write, load_checkpoint, named_optimizer_state, named_weights
 from training.config import Config, ConfigError, make_config
@@ -287,6 +287,25 @@ def test_state_that_is_none_yet_can_be_saved(tmp_path, name):
     walk(model, optimizer, [4, 5])
     weights, restored = continued(tmp_path / "none", name, steps=())
     assert equal(weights, weights_of(model)) and equal(restored, named_optimizer_state(model, optimizer))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, {"optimizer": "muon", "dtype": "float16", "init": "kaiming"}),
+        (1, {"optimizer": "adafactor"}),
+        (2, {"optimizer": "sgd", "strategy": "fsdp"}),
+        (2, {"optimizer": "adam", "amsgrad": True}),
+    ],
+    ids=lambda value: value["optimizer"] if isinstance(value, dict) else f"{value} ranks",
+)
+def test_a_resumed_run_ends_with_the_bits_of_the_whole_one(tmp_path, rows, ranks, flags):
+    flags = {"data_path": str(rows), "epochs": 1, **flags}
+    assert train(ranks, tmp_path / "whole", **flags) == [0] * ranks, log_of(tmp_path / "whole")
+    cut = resume_from(tmp_path / "whole", 4, tmp_path / "cut")
+    assert train(ranks, cut, from_resume="1", **flags) == [0] * ranks, log_of(cut)
+    assert "resumed from" in log_of(cut)
+    assert without_events(cut) == without_events(tmp_path / "whole")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
