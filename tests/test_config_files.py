@@ -1,6 +1,7 @@
 """The ready-made files in configs/: every one is read, and the tables in them say what they are meant to say."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,9 @@ def test_learning_rates_and_weights_hold_at_every_boundary_of_a_stage():
     assert [plan.loss_weights(step + 1)["ce"] for step in switches] == [2, 4, 8, 16]
 
 
-def test_in_a_longer_stage_the_rate_may_fall_by_a_twentieth_from_the_eleventh_mini_epoch_on():
-    plan = plan_of(read_stages(config_of("staged.yaml", "--lr_gamma", "0.95")))
+def test_in_a_longer_repeat_the_rate_falls_by_a_twentieth_from_the_eleventh_mini_epoch_on():
+    stages = read_stages(config_of("staged.yaml"))
+    plan = plan_of([replace(stage, repeats=20, mini_epochs=20) for stage in stages])
     span = plan.spans[1]
     rates = [plan.lr(span.steps_before + end) for end in span.epoch_ends]
     assert rates[9:13] == pytest.approx([3e-5, 3e-5 * 0.95, 3e-5 * 0.95**2, 3e-5 * 0.95**3], rel=1e-12)

@@ -112,3 +112,17 @@ def test_a_staged_run_keeps_the_rows_of_its_steps():
     state = LoopState(step=5, epoch=2, rows=4)
     with pytest.raises(ValueError, match="keeps the rows"):
         plan_of(3, 2, 2, stages=json.dumps(TABLE), state=state)
+
+
+def test_a_run_longer_than_its_epochs_keeps_counting_them():
+    plan = plan_of(3, max_steps=30, epochs=1, lr_schedule="step", lr_interval="2epoch", learning_rate=1.0,
+                   loss_weights="z=linear(0, 4, 0, 4)")  # fmt: skip
+    assert [plan.lr(step) for step in (1, 5, 6, 10, 11)] == pytest.approx([1, 1, 0.1, 0.1, 0.1], abs=1e-12)
+    assert plan.lr(30) < 1e-3 and plan.loss_weights(30) == {"z": 4.0}
+
+
+def test_repeats_begin_the_schedule_of_mini_epochs_anew():
+    row = {"repeats": 2, "mini_epochs": 3, "lr_schedule": "mini_epoch", "lr_warmup_epochs": 2, "learning_rate": 1.0}
+    plan = plan_of(9, stages=json.dumps([row]))  # a step per epoch
+    assert [plan.lr(step) for step in range(1, 7)] == pytest.approx([0.1, 1.0, 0.95] * 2, abs=1e-15)
+    assert [plan.mini_epoch_of(epoch) for epoch in range(6)] == [0, 1, 2] * 2

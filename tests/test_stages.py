@@ -23,7 +23,7 @@ def problems_of(rows, **flags) -> list[str]:
 
 def test_the_plain_run_is_a_table_of_one_row():
     config = make_config({"data_path": "x.jsonl", "epochs": 3})
-    assert read_stages(config) == [Stage("train", "", 3, config)]
+    assert read_stages(config) == [Stage("train", "", 1, 3, config)]
 
 
 def test_a_row_inherits_the_flags_of_the_run_and_replaces_those_that_it_names():
@@ -186,7 +186,7 @@ def test_a_table_written_as_text_is_read_back_equal():
     stages = read_stages(config)
     assert read_again(stages, config) == stages
     rows = json.loads(stages_as_text(stages, config))
-    assert [row["mini_epochs"] for row in rows] == [6, 1, 1]
+    assert [(row["repeats"], row["mini_epochs"]) for row in rows] == [(2, 3), (1, 1), (1, 1)]
     assert "learning_rate" not in rows[0], "only what differs"
 
 

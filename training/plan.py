@@ -27,14 +27,17 @@ class Span:
     weights: dict[str, LossWeight]
 
     def lr(self, step: int) -> float:
-        factor = lr_factor(self.schedule, step, self.length, bisect_left(self.epoch_ends, step))
+        epoch = bisect_left(self.epoch_ends, step)
+        if self.schedule.kind == "mini_epoch" and self.stage.repeats > 1:  # each repeat begins anew
+            epoch %= self.stage.mini_epochs
+        factor = lr_factor(self.schedule, step, self.length, epoch)
         return self.stage.config.learning_rate * factor
 
     def loss_weights(self, step: int) -> dict[str, float]:
         epoch = bisect_left(self.epoch_ends, step)
         start, end = ([0, *self.epoch_ends][epoch], [*self.epoch_ends, self.length][epoch])
         done = epoch + (step - 1 - start) / max(1, end - start)
-        return {term: weight.at(done, self.stage.epochs) for term, weight in self.weights.items()}
+        return {term: weight.at(done, len(self.epoch_ends)) for term, weight in self.weights.items()}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,12 @@ class Plan:
     def stage_of(self, epoch: int) -> int:
         """The number of the stage, from 0, to which an epoch belongs."""
         return bisect_right([span.first_epoch for span in self.spans], epoch) - 1
+
+    def mini_epoch_of(self, epoch: int) -> int:
+        """The number of an epoch, from 0, within its repeat of its stage."""
+        span = self.span_of(epoch)
+        own = epoch - span.first_epoch
+        return own % span.stage.mini_epochs if span.stage.repeats > 1 else own
 
     def span_of(self, epoch: int) -> Span:
         return self.spans[self.stage_of(epoch)]
@@ -116,12 +125,13 @@ def make_plan(
     for stage, rows in zip(stages, window_rows, strict=True):
         first = epoch
         ends = list(accumulate(_steps(rows_of(first + n), rows) for n in range(stage.epochs)))
-        alone = len(stages) == 1 and config.max_steps
-        length = config.max_steps if alone and config.max_steps else ends[-1]
+        length = config.max_steps if len(stages) == 1 and config.max_steps else ends[-1]
+        while ends[-1] < length:
+            ends.append(ends[-1] + _steps(rows_of(len(ends)), rows))
         spans.append(
             Span(stage, rows, first, steps, ends, length, _schedule(stage, length), _loss_weights(stage))
         )  # fmt: skip
-        epoch, steps = epoch + stage.epochs, steps + ends[-1]
+        epoch, steps = epoch + stage.epochs, steps + length
 
     span = spans[bisect_right([each.first_epoch for each in spans], state.epoch) - 1]
     done_before = span.steps_before + sum(

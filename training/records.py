@@ -224,7 +224,7 @@ class RunRecords:
         if self.is_main:
             self.metrics.write(
                 "epoch", state.step, epoch=state.epoch + 1, stage=plan.stage_of(state.epoch),
-                mini_epoch=state.epoch - plan.span_of(state.epoch).first_epoch + 1,
+                mini_epoch=plan.mini_epoch_of(state.epoch) + 1,
                 complete=plan.ends_epoch(state),
                 train_loss=values.get("train/loss"), train_accuracy=values.get("train/token_accuracy"),
                 val_loss=values.get("eval/loss"), val_accuracy=values.get("eval/token_accuracy"),

@@ -31,14 +31,19 @@ class Stage:
 
     name: str
     description: str
-    epochs: int  # repeats x mini_epochs
+    repeats: int
+    mini_epochs: int  # of each repeat
     config: Config
+
+    @property
+    def epochs(self) -> int:
+        return self.repeats * self.mini_epochs
 
 
 def read_stages(config: Config) -> list[Stage]:
     """The rows of --stages, a file or its text; without it the run itself. Raises ConfigError with all problems."""
     if config.stages is None:
-        return [Stage("train", "", config.epochs, config)]
+        return [Stage("train", "", 1, config.epochs, config)]
     place, rows = _rows_of(config.stages)
     stages: list[Stage] = []
     names: set[str] = set()
@@ -60,11 +65,12 @@ def read_stages(config: Config) -> list[Stage]:
             problems.append(f"{where}: the name is given twice")
         names.add(name)
         try:
-            epochs = 1 if wrong else counts["repeats"] * counts["mini_epochs"]
+            counts = dict.fromkeys(counts, 1) if wrong else counts
+            epochs = counts["repeats"] * counts["mini_epochs"]
             given = {key: value for key, value in flags.items() if key not in foreign}
             merged = make_config(overlay(_given(config), {**given, "epochs": epochs}))
             merged.max_steps = config.max_steps  # of the whole run
-            stages.append(Stage(name, str(row.get("description") or ""), epochs, merged))
+            stages.append(Stage(name, str(row.get("description") or ""), config=merged, **counts))
         except ConfigError as error:
             problems += [f"{where}: {problem}" for problem in error.problems]
     if problems:
@@ -95,7 +101,8 @@ def stages_as_text(stages: list[Stage], first: Config) -> str:
         told = {name for name, value in own.items() if value != getattr(first, name)}
         told |= {name for pair in ALTERNATIVES if told & set(pair) for name in pair}
         rows.append({
-            "name": stage.name, "description": stage.description, "mini_epochs": stage.epochs,
+            "name": stage.name, "description": stage.description,
+            "repeats": stage.repeats, "mini_epochs": stage.mini_epochs,
             **{name: value for name, value in own.items() if name in told},
         })  # fmt: skip
     return json.dumps(rows, ensure_ascii=False)  # YAML, which reads it, knows no surrogates
