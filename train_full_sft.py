@@ -38,6 +38,7 @@ from dataset.chat import show
 from dataset.ledger import report_lines
 from dataset.load import DataRequest, RunData, batches_of, fetch_windows, load_rows, make_loader, write_rejects
 from dataset.prepare import DataOptions
+from dataset.questions import Question, questions_of
 from dataset.reader import DataError, UnsafeDataError
 from dataset.rows import FILLER, PackedRows, collate
 from model.card import model_card
@@ -52,6 +53,7 @@ from model.choose import (
     weights_source,
 )
 from model.export import export_model
+from model.generate import generate
 from model.losses import make_sft_objective
 from model.trust import UnsafeModelError
 from trainer_utils import (
@@ -461,6 +463,8 @@ def run_job(
         for source, rows in data.by_source.items()
     }
 
+    questions = questions_of(data.held_out, config.eval_samples) if data.held_out and config.eval_samples else []
+
     def begin_epoch(epoch: int) -> int:
         """Set the rows of an epoch and where to begin in them; returns the micro-batches of its steps."""
         span, size = plan.span_of(epoch), plan.span_of(epoch).stage.config.batch_size
@@ -518,6 +522,9 @@ def run_job(
         if ema:
             with ema.in_place():
                 results |= validate(learner, held_out, wishes, "eval/ema")
+        state.policies["evaluations"] = state.policies.get("evaluations", 0) + 1
+        if questions and (state.policies["evaluations"] - 1) % config.eval_samples_interval == 0:
+            results |= answer_questions(learner, questions, tokenizer, partial(records.event, state.step, "sample"))
         records.log_eval(state, results)
         return results
 
@@ -576,6 +583,21 @@ def run_job(
     close_processes(processes)
     status = "completed" if not reason else "preempted" if reason == PREEMPTED else "stopped"
     return {"status": status, "step": state.step, **records.last_eval}
+
+
+def answer_questions(
+    learner: Learner, questions: list[Question], tokenizer: Any, say: Callable[..., None]
+) -> dict[str, float]:
+    """Let the model answer held-out questions greedily, each rank its share; returns the share of exact answers."""
+    processes, exact = learner.processes, 0
+    for question in questions[processes.rank :: processes.world_size]:
+        room, ends = len(question.expected) + 8, {question.end}
+        (answer,) = generate(unwrap(learner.model), [question.prompt], max_new_tokens=room, eos_token_ids=ends)
+        exact += answer == question.expected
+        texts = tokenizer.batch_decode([question.prompt, question.expected, answer])
+        say(**dict(zip(("prompt", "expected", "answer"), texts, strict=True)), exact=answer == question.expected)
+        learner.beat()
+    return {"eval/exact_match": processes.sum_ints([exact])[0] / len(questions)}
 
 
 def load_data(config: Config, stages: list[Stage], tokenizer: Any, **how: Any) -> RunData:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from dataset.files import read_rows
 from dataset.layouts import LAYOUTS
+from dataset.questions import question_of
 from dataset.reader import BAD_ROWS, OVERLONG, DataError, UnsafeDataError
 from model.trust import UnsafeModelError
 from training.config import Config
@@ -83,11 +84,10 @@ def read_cases(path: Path, store: Any, limit: int | None) -> list[Case]:
     families = {number: row.get("family") for number, row in rows if isinstance(row, dict) and number in last_of_row}
     cases = []
     for number, sample in spread(list(last_of_row.items()), limit or store.num_samples):
-        ids, supervised = (array.tolist() for array in store.tokens(sample))
-        if False not in supervised:
+        question = question_of(sample, *store.tokens(sample))
+        if question is None:
             raise ValueError(f"{store.where(sample)} has no question that could be answered")
-        start = len(ids) - supervised[::-1].index(False)
-        cases.append(Case(sample, str(families[number] or "all"), ids[:start], ids[start:-1], ids[-1]))
+        cases.append(Case(sample, str(families[number] or "all"), *question[1:]))
     return cases
 
 

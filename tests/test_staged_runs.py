@@ -170,6 +170,23 @@ def test_each_source_of_held_out_data_has_its_own_means(tmp_path, rows):
     assert {"eval/one/loss", "eval/two/loss", "eval/loss", "eval/token_accuracy"} <= shared.keys()
 
 
+def test_held_out_prompts_are_answered_for_show_every_n_evaluations(tmp_path, rows):
+    flags = {
+        "data_path": str(rows), "val_data_path": str(rows), "epochs": 4, "eval_samples": 5, "eval_samples_interval": 2,
+    }  # fmt: skip
+    assert train(1, tmp_path / "run", **flags) == [0], log_of(tmp_path / "run")
+    evaluations = records_of(tmp_path / "run", "eval")
+    assert ["eval/exact_match" in r for r in evaluations] == [True, False, True, False]
+    shown = [r for r in records_of(tmp_path / "run", "event") if r.get("event") == "sample"]
+    assert len(shown) == 10 and shown[0]["prompt"].endswith("assistant\n") and shown[0]["expected"]
+    share = sum(r["exact"] for r in shown if r["step"] == evaluations[2]["step"]) / 5
+    assert evaluations[2]["eval/exact_match"] == share
+    cut = resume_from(tmp_path / "run", evaluations[0]["step"], tmp_path / "cut")
+    assert train(1, cut, **flags, from_resume="1") == [0]
+    assert without_events(cut) == without_events(tmp_path / "run")
+    assert train(2, tmp_path / "two", **flags) == [0, 0], log_of(tmp_path / "two")
+
+
 def test_the_moving_average_is_what_the_formula_says_and_can_be_exported(tmp_path, rows):
     from safetensors.torch import load_file
 

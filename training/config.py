@@ -237,6 +237,8 @@ class Config:
         if not (self.val_data_path or self.val_fraction or self.data_path == "demo"):
             for name in (name for name, wanted in needs_held_out.items() if wanted):
                 problems.append(f"--{name} needs held-out data: --val_data_path or --val_fraction")
+        if self.eval_samples and self.strategy == "fsdp":
+            problems.append("--eval_samples: sharded models answer nothing here, use scripts.evaluate on final/")
         if self.export_ema and self.ema_decay is None:
             problems.append("--export_ema needs --ema_decay")
         if self.lr_schedule == "multistep" and not self.lr_milestones.strip():
