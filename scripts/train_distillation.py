@@ -25,14 +25,10 @@ ALPHA, TEMPERATURE = 0.7, 4.0
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     flag = parser.add_argument_group("distillation").add_argument
-    flag(
-        "--teacher",
-        metavar="TEXT",
-        required=True,
-        help="model to learn from: directory, finished run or Hub id",
-    )
+    flag("--teacher", metavar="TEXT", required=True, help="model to learn from: directory, finished run or Hub id")
     flag("--alpha", metavar="X", type=float, help=f"weight of the teacher; the data has 1 - X (default {ALPHA})")
-    flag("--temperature", metavar="X", type=float, default=TEMPERATURE, help=f"of both (default {TEMPERATURE:g})")
+    text = f"softens what both say (default {TEMPERATURE:g})"
+    flag("--temperature", metavar="X", type=float, default=TEMPERATURE, help=text)
     choices = ("auto", "float32", "bfloat16", "float16")
     flag("--teacher_dtype", choices=choices, default="auto", help="its weights and arithmetic; auto = as --dtype")
     return parser

@@ -358,8 +358,10 @@ def test_a_resumed_run_under_a_teacher_ends_with_the_same_bits(tmp_path, rows, t
     assert distill(1, cut, "--teacher", str(moved), **flags) == [0], log_of(cut)
     assert "resumed from" in log_of(cut)
     assert result_of(cut) == result_of(distilled)
-    assert distill(1, tmp_path / "other", "--teacher", str(teacher), **flags | {"from_resume": 0, "seed": 8}) == [0]
-    assert result_of(tmp_path / "other")["final"] != result_of(distilled)["final"]
+    for name, value in {"seed": 8, "neftune_alpha": 0.0, "label_smoothing": 0.1}.items():
+        changed = {**flags, "from_resume": 0, name: value}
+        assert distill(1, tmp_path / name, "--teacher", str(teacher), **changed) == [0]
+        assert result_of(tmp_path / name)["final"] != result_of(distilled)["final"], name
 
 
 def test_a_resume_under_another_teacher_or_none_is_refused(tmp_path, rows, teacher, distilled):
