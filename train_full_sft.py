@@ -200,7 +200,7 @@ def loss_of(terms: dict[str, Tensor], weights: Weights) -> Tensor:
     """
     if unknown := weights.keys() - terms.keys():
         raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {', '.join(terms)}")
-    learnt = {name: term for name, term in terms.items() if term.requires_grad}
+    learnt = {name: term for name, term in terms.items() if term.requires_grad and weights.get(name, 1.0)}
     return sum(weights.get(name, 1.0) * term for name, term in learnt.items())  # type: ignore[return-value]
 
 

@@ -79,7 +79,7 @@ def test_each_stage_has_its_own_steps_learning_rates_and_weights():
     assert rates[:3] == pytest.approx([1e-3 * (1 - 0.5 * k / 3) for k in (1, 2, 3)], abs=0)
     assert rates[3:10] == [1e-4] * 7
     assert rates[10] < 1e-5 and rates[-1] == 0.0
-    assert plan.loss_weights(3) == {"z": 0.5} and plan.loss_weights(4) == {}
+    assert plan.loss_weights(3) == {"z": 0.5} and plan.loss_weights(4) == {"z": 0.0}
     assert [plan.loss_weights(step)["z"] for step in range(11, 16)] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8], abs=1e-15)
     assert plan.loss_weights(11)["ce"] == 2.0
 

@@ -50,7 +50,7 @@ def test_each_stage_trains_its_own_rows_at_its_own_rates(whole):
     assert [(r["epoch"], r["stage"], r["mini_epoch"]) for r in epochs] == [(1, 0, 1), (2, 1, 1), (3, 1, 2), (4, 2, 1)]
     steps = records_of(whole, "train")
     weights = {r["step"]: r.get("train/weight_z") for r in steps}
-    assert weights[1] == 1e-3 and weights[steps[-1]["step"]] is None
+    assert weights[1] == 1e-3 and weights[steps[-1]["step"]] == 0
     announced = [(r["stage"], r["name"]) for r in records_of(whole, "event") if r.get("event") == "stage"]
     assert announced == [(0, "short"), (1, "long"), (2, "last")]
     assert "stage 2/3: long" in log_of(whole)

@@ -237,6 +237,8 @@ class Config:
         if not (self.val_data_path or self.val_fraction or self.data_path == "demo"):
             for name in (name for name, wanted in needs_held_out.items() if wanted):
                 problems.append(f"--{name} needs held-out data: --val_data_path or --val_fraction")
+        if self.gradient_penalty and (self.gradient_checkpointing or self.strategy == "fsdp"):
+            problems.append("--gradient_penalty goes neither with --gradient_checkpointing nor with --strategy fsdp")
         if self.eval_samples and self.strategy == "fsdp":
             problems.append("--eval_samples: sharded models answer nothing here, use scripts.evaluate on final/")
         if self.export_ema and self.ema_decay is None:

@@ -122,14 +122,17 @@ def make_plan(
     learning rate goes on from the same share of them; a run counted in steps goes on counting.
     """
     config, spans, epoch, steps = stages[0].config, list[Span](), 0, 0
-    for stage, rows in zip(stages, window_rows, strict=True):
+    weights = [_loss_weights(stage) for stage in stages]
+    # What one stage weighs and another does not name counts for nothing there, but for the cross entropy.
+    unnamed = {term: LossWeight("constant", {"value": 0.0}) for each in weights for term in each if term != "ce"}
+    for stage, rows, own in zip(stages, window_rows, weights, strict=True):
         first = epoch
         ends = list(accumulate(_steps(rows_of(first + n), rows) for n in range(stage.epochs)))
         length = config.max_steps if len(stages) == 1 and config.max_steps else ends[-1]
         while ends[-1] < length:
             ends.append(ends[-1] + _steps(rows_of(len(ends)), rows))
         spans.append(
-            Span(stage, rows, first, steps, ends, length, _schedule(stage, length), _loss_weights(stage))
+            Span(stage, rows, first, steps, ends, length, _schedule(stage, length), {**unnamed, **own})
         )  # fmt: skip
         epoch, steps = epoch + stage.epochs, steps + length
 
