@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def draw(plan: Any, path: Path) -> None:
-    """The learning rate above, below it the weights of the loss terms where there are any; stages as bands."""
+    """The learning rate above, below it a panel for the weight of each loss term that has one; stages as bands."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -37,17 +37,18 @@ def draw(plan: Any, path: Path) -> None:
     steps = range(1, plan.total_steps + 1)
     weights = [plan.loss_weights(step) for step in steps]
     terms = sorted({term for each in weights for term in each})
-    figure, panels = pyplot.subplots(1 + bool(terms), 1, figsize=(9, 4 + 2.5 * bool(terms)), sharex=True, squeeze=False)
+    rows, height = 1 + len(terms), 3.5 + 1.8 * len(terms)
+    ratios = {"height_ratios": [2, *[1] * len(terms)]}
+    figure, panels = pyplot.subplots(rows, 1, figsize=(9, height), sharex=True, squeeze=False, gridspec_kw=ratios)
     axes = panels[:, 0]
     axes[0].plot(steps, [plan.lr(step) for step in steps], color=COLOURS[0], linewidth=1.5)
-    axes[0].set(ylabel="learning rate", title=f"{plan.total_steps:,} steps, {plan.epochs:,} epochs")
-    axes[0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for number, term in enumerate(terms):
+    axes[0].set(ylabel="learning rate")
+    axes[0].set_title(f"{plan.total_steps:,} steps, {plan.epochs:,} epochs", pad=20)
+    axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    for number, term in enumerate(terms, start=1):
         values = [each.get(term, 1.0) for each in weights]
-        axes[1].plot(steps, values, label=term, color=COLOURS[number % len(COLOURS)], linewidth=1.5)
-    if terms:
-        axes[1].set(ylabel="loss weight")
-        axes[1].legend(frameon=False)
+        axes[number].plot(steps, values, color=COLOURS[number % len(COLOURS)], linewidth=1.5)
+        axes[number].set(ylabel=f"weight of {term}")
     for number, span in enumerate(plan.spans if len(plan.spans) > 1 else ()):
         first, last = span.steps_before + 0.5, min(span.steps_before + span.length, plan.total_steps) + 0.5
         if first > plan.total_steps:
@@ -55,12 +56,12 @@ def draw(plan: Any, path: Path) -> None:
         for each in axes:
             each.axvspan(first, last, color="#888888", alpha=0.12 if number % 2 else 0.0, linewidth=0)
         axes[0].annotate(
-            span.stage.name, (first, 1), xycoords=("data", "axes fraction"), xytext=(3, -11),
+            span.stage.name, (first, 1), xycoords=("data", "axes fraction"), xytext=(2, 4),
             textcoords="offset points", fontsize=8, color="#666666",
         )  # fmt: skip
     axes[-1].set(xlabel="step", xlim=(0.5, plan.total_steps + 0.5))
     for each in axes:
-        each.set_ylim(bottom=min(0.0, each.get_ylim()[0]))
+        each.set_ylim(bottom=0.0, top=1.08 * each.get_ylim()[1])
         each.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
