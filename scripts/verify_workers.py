@@ -171,7 +171,7 @@ def split_worker(out: str, device_name: str) -> None:
         for step in range(1, 6):
             batches = SkipBatchSampler(sampler, batch_size, sampler.begin(step, num_rows, 0))
             window = [collate([documents[n] for n in numbers]) for numbers in batches]
-            norms.append(train_step(learner, window, step, 0.01, supervised, LoopState())[0])
+            norms.append(train_step(learner, window, step, 0.01, {}, supervised, LoopState())[0])
         return norms, dict(model.named_parameters())
 
     reference_norms, reference = weights_after(Processes(0, 0, 1, device), "ddp", num_rows)

@@ -68,7 +68,7 @@ def weights_after(rank, answer, split, wrong, strategy):
     learner = learner_of(processes, mean_of_means if wrong else None, **strategy)
     rows, batch_size = split
     norms = [
-        train_step(learner, batches_of(rows[rank], batch_size), step, 0.01, sum(COUNTS), LoopState())[0]
+        train_step(learner, batches_of(rows[rank], batch_size), step, 0.01, {}, sum(COUNTS), LoopState())[0]
         for step in range(1, 6)
     ]
     named = unwrap(learner.model).named_parameters()
@@ -166,7 +166,7 @@ def count_exchanges_of_a_step(rank, answer):
         return allreduce_hook(state, bucket)
 
     learner.model.register_comm_hook(None, counted)
-    train_step(learner, batches_of([0, 2, 4], 1), 1, 0.01, 20, LoopState())
+    train_step(learner, batches_of([0, 2, 4], 1), 1, 0.01, {}, 20, LoopState())
     answer(calls)
     close_processes(processes)
 
@@ -191,7 +191,7 @@ def test_dropout_draws_anew_for_every_rank_step_and_micro_batch():
         for rank in range(3):
             learner = learner_of(Processes(rank, rank, 1, torch.device("cpu")), drawing)
             for step in range(1, 4):
-                train_step(learner, batches_of([0, 2], 1), step, 0.01, 8, LoopState())
+                train_step(learner, batches_of([0, 2], 1), step, 0.01, {}, 8, LoopState())
     again = draws[len(draws) // 2 :]
     assert draws[: len(again)] == again, "no generator state is needed to go on"
     assert len({tuple(draw) for draw in again}) == len(again) == 3 * 3 * 2
