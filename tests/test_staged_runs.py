@@ -170,6 +170,16 @@ def test_each_source_of_held_out_data_has_its_own_means(tmp_path, rows):
     assert {"eval/one/loss", "eval/two/loss", "eval/loss", "eval/token_accuracy"} <= shared.keys()
 
 
+def test_the_weights_of_terms_reach_the_gradient(tmp_path, rows):
+    """Twice the loss is twice the gradient, before it is clipped."""
+    flags = {"data_path": str(rows), "max_steps": 1, "dropout": 0.0}
+    assert train(1, tmp_path / "once", **flags) == train(1, tmp_path / "twice", **flags, loss_weights="ce=2") == [0]
+    norms = [records_of(tmp_path / name, "train")[0]["train/grad_norm"] for name in ("once", "twice")]
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-6)
+    assert train(1, tmp_path / "wrong", **flags, loss_weights="kd=1") == [2]
+    assert "--loss_weights kd: the terms of this objective are ce" in log_of(tmp_path / "wrong")
+
+
 def test_held_out_prompts_are_answered_for_show_every_n_evaluations(tmp_path, rows):
     flags = {
         "data_path": str(rows), "val_data_path": str(rows), "epochs": 4, "eval_samples": 5, "eval_samples_interval": 2,

@@ -46,6 +46,7 @@ RESUME = "tests/test_resume.py::test_a_killed_and_resumed_run_ends_with_the_same
 PLAIN, HALF, TWO, SHARED = (f"{RESUME}[{case}]" for case in (
     "1-float32-1-ddp", "1-float16-1-ddp", "2-float32-3-ddp", "3-float32-1-fsdp",
 ))  # fmt: skip
+STAGED = "tests/test_staged_runs.py::test_a_resume_at_every_step_ends_with_the_same_bits"
 SKIPPING = "tests/test_order.py::test_skipping_costs_exactly_the_named_batches"
 PURE = "tests/test_order.py::test_the_order_is_a_pure_function_of_seed_and_epoch"
 ONCE = "tests/test_order.py::test_exactly_once_with_equal_shares"
@@ -74,7 +75,7 @@ MUTANTS = [
     Mutant("one batch too many is skipped", GROUP,
            "if skipped > self.skip_batches:", "if skipped > self.skip_batches + (self.skip_batches > 0):", (SKIPPING,)),
     Mutant("skipped windows are counted as batches", LOOP,
-           "state.rows) * micro_batches", "state.rows)", (TWO,)),
+           "skip * micro_batches", "skip", (TWO,)),
     Mutant("the epoch does not change the order", GROUP,
            'derived_seed("order", self.seed, self.epoch)', 'derived_seed("order", self.seed)', (PURE,)),
     Mutant("seed and epoch are added", GROUP,
@@ -91,7 +92,7 @@ MUTANTS = [
     Mutant("gradients are exchanged with every micro-batch", LOOP,
            "enabled=micro == len(window) - 1", "enabled=True", (EXCHANGES,)),
     Mutant("the learning rate is one step late", LOOP,
-           "lr = plan.lr(state.step + 1)", "lr = plan.lr(max(state.step, 1))",
+           "plan.lr(step) * state.lr_factor", "plan.lr(max(step - 1, 1)) * state.lr_factor",
            ("tests/test_schedules.py::test_a_run_logs_the_closed_form_before_and_after_a_resume",)),
     Mutant("a gradient that is not finite is applied", LOOP,
            "if math.isfinite(norm):\n        scaler.step", "if True:\n        scaler.step",
@@ -169,6 +170,18 @@ MUTANTS = [
     Mutant("a command is obeyed again when its file is touched", "training/control.py",
            "        if number == self._seen:\n            return None\n", "",
            (f"{CONTROL}::test_each_command_is_obeyed_once",)),
+    Mutant("what policies remember is not gone on with", "training/policies.py",
+           "policy.load_state_dict(state.policies[name])", "pass", (STAGED,)),
+    Mutant("the average of the weights begins anew on resume", LOOP,
+           'if checkpoint and has_shards(checkpoint, "ema"):', "if False:", (STAGED,)),
+    Mutant("the multiplier does not reach the learning rate", LOOP,
+           "plan.lr(step) * state.lr_factor,", "plan.lr(step),", (STAGED,)),
+    Mutant("a stage trains the rows of the one before", "dataset/draw.py",
+           "bisect_right(self.starts, epoch) - 1", "max(0, bisect_right(self.starts, epoch) - 2)",
+           ("tests/test_staged_runs.py::test_each_stage_trains_its_own_rows_at_its_own_rates",)),
+    Mutant("loss weights are left out", LOOP,
+           "sum(weights.get(name, 1.0) * term for", "sum(1.0 * term for",
+           ("tests/test_staged_runs.py::test_the_weights_of_terms_reach_the_gradient",)),
     Mutant("a restart goes on with the run that was to be overwritten", "training/start.py",
            "== job_name())", ")",
            ("tests/test_start.py::test_a_restart_does_not_take_the_run_to_be_overwritten_for_its_own",)),
