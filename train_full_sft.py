@@ -434,6 +434,7 @@ def run_job(
     identity |= {name: f"{identity.get(name, '')} | {said}" for name, said in extra_identity.items()}
     processes.agree_on("data or flags", identity, config.batch_size, state.step, plan.total_steps, config.save_interval,
                        config.log_interval, config.eval_interval, config.strategy)  # fmt: skip
+    changed: list[str] = []
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
         finished = state.step >= plan.total_steps or state.policies.get("stopped")
@@ -447,7 +448,7 @@ def run_job(
         scaler.load_state_dict(saved["scaler"])
         logger.info("resumed from %s%s", checkpoint, f", changed: {', '.join(changed)}" if changed else "")
 
-    policies = Policies(config, state)
+    policies = Policies(config, state, changed="schedule" in changed)
     ema = None
     if config.ema_decay:
         ema = Ema(model, optimizer, config.ema_decay, local_part, lambda: state.step, partial(reshard, model))

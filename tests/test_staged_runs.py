@@ -144,6 +144,20 @@ def test_a_run_killed_after_early_stopping_and_before_its_export_trains_no_furth
     assert sha256(run / "final" / "model.safetensors") == before
 
 
+def test_more_patience_goes_on_with_a_run_that_was_stopped_and_another_policy_begins_anew(tmp_path, rows):
+    flags = {**STOPS, "data_path": str(rows), "val_data_path": str(rows), "lr_adapt": "plateau", "epochs": 20}
+    run = tmp_path / "run"
+    assert train(1, run, **flags) == [0]
+    stopped = json.loads((run / "state.json").read_text())
+    assert stopped["exit_reason"] == "early stopping"
+    more = {**flags, "early_stopping_patience": 99, "lr_adapt": "adaptive", "from_resume": "1"}
+    assert train(1, run, **more) == [2] and "--allow_change schedule" in log_of(run)
+    assert train(1, run, **more, allow_change="schedule") == [0], log_of(run)
+    assert "what the multiplier remembers is of another kind" in log_of(run)
+    state = json.loads((run / "state.json").read_text())
+    assert state["step"] == state["total_steps"] > stopped["step"] and state["exit_reason"] == "all steps done"
+
+
 def test_a_metric_that_no_evaluation_gives_is_an_error(tmp_path, rows):
     flags = {
         "data_path": str(rows),

@@ -5,6 +5,7 @@ All of it is decided from numbers that every rank has alike, so every rank decid
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,10 +18,12 @@ from training.state import LoopState
 from training.stopping import EarlyStopping
 from training.sums import Sums, token_means
 
+logger = logging.getLogger("train")
+
 
 class Policies:
-    def __init__(self, config: Config, state: LoopState):
-        """Goes on with what `state` remembers."""
+    def __init__(self, config: Config, state: LoopState, changed: bool = False):
+        """Goes on with what `state` remembers; where flags of theirs were allowed to change, with what still fits."""
         self.state, self.metric, self.mode, self.every = state, config.monitor_metric, config.monitor_mode, None
         if config.lr_adapt != "none":
             self.every = config.adaptive_every
@@ -31,9 +34,20 @@ class Policies:
                 config.early_stopping_patience, config.early_stopping_min_delta, config.monitor_mode
             )  # fmt: skip
         self.uses_metric = bool(self.stopping) or bool(self.multiplier and not self.every) or config.save_top_k > 0
+        if changed:
+            state.policies.pop("stopped", None)
+            if (state.policies.get("best") or {}).get("metric") != self.metric:
+                for name in ("best", "multiplier", "stopping"):
+                    state.policies.pop(name, None)
         for name, policy in (("multiplier", self.multiplier), ("stopping", self.stopping)):
             if policy is not None and name in state.policies:
-                policy.load_state_dict(state.policies[name])
+                try:
+                    policy.load_state_dict(state.policies[name])
+                except ValueError:
+                    if not changed:
+                        raise
+                    logger.warning("what the %s remembers is of another kind, it begins anew", name)
+        state.lr_factor = self.multiplier.factor if self.multiplier else 1.0
 
     @property
     def stopped(self) -> bool:
@@ -42,7 +56,7 @@ class Policies:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """{value, step, epoch} of the best evaluation so far."""
+        """{metric, value, step, epoch} of the best evaluation so far."""
         return self.state.policies.get("best")
 
     def observe(
@@ -84,4 +98,5 @@ class Policies:
         sign = 1 if self.mode == "min" else -1
         if math.isfinite(value) and (self.best is None or sign * value < sign * self.best["value"]):
             epoch = self.state.epoch + 1 if self.state.rows else self.state.epoch
-            self.state.policies["best"] = {"value": value, "step": self.state.step, "epoch": epoch}
+            best = {"metric": self.metric, "value": value, "step": self.state.step, "epoch": epoch}
+            self.state.policies["best"] = best
