@@ -437,7 +437,8 @@ def run_job(
     changed: list[str] = []
     if checkpoint:
         changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
-        finished = state.step >= plan.total_steps or state.policies.get("stopped")
+        stopped_early = state.policies.get("stopped") and "schedule" not in changed
+        finished = state.step >= plan.total_steps or stopped_early
         if start.continues and in_place and finished and (save_dir / "final").exists():
             logger.info(
                 "%s is finished, nothing to do. More epochs: --allow_change schedule; a new run on the result: "
