@@ -199,7 +199,8 @@ def loss_of(terms: dict[str, Tensor], weights: Weights) -> Tensor:
     Raises ValueError for a weight of a term that the objective does not have.
     """
     if unknown := weights.keys() - terms.keys():
-        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {', '.join(terms)}")
+        known = [name for name, term in terms.items() if term.requires_grad]
+        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {', '.join(known)}")
     learnt = {name: term for name, term in terms.items() if term.requires_grad and weights.get(name, 1.0)}
     return sum(weights.get(name, 1.0) * term for name, term in learnt.items())  # type: ignore[return-value]
 
@@ -428,15 +429,14 @@ def run_job(
     window_rows = rows_per_step(stages, world_size, saved.get("global_batch_size", []))
     if state.rows >= data.train.rows_of(state.epoch) and not state.unfinished:  # only where other data was allowed
         state.next_epoch()
-    plan = make_plan(stages, data.train.rows_of, window_rows, state)
-    data.report["train"]["steps_per_epoch"] = plan.steps_of(0)
     identity = {**data.identity, **identity_of(stages, dtype_name, window_rows, describe_model(model))}
     identity |= {name: f"{identity.get(name, '')} | {said}" for name, said in extra_identity.items()}
+    changed = refuse_changes(saved["identity"], identity, config.allowed_changes) if checkpoint else []
+    plan = make_plan(stages, data.train.rows_of, window_rows, state)
+    data.report["train"]["steps_per_epoch"] = plan.steps_of(0)
     processes.agree_on("data or flags", identity, config.batch_size, state.step, plan.total_steps, config.save_interval,
                        config.log_interval, config.eval_interval, config.strategy)  # fmt: skip
-    changed: list[str] = []
     if checkpoint:
-        changed = refuse_changes(saved["identity"], identity, config.allowed_changes)
         stopped_early = state.policies.get("stopped") and "schedule" not in changed
         finished = state.step >= plan.total_steps or stopped_early
         if start.continues and in_place and finished and (save_dir / "final").exists():
@@ -444,6 +444,8 @@ def run_job(
                 "%s is finished, nothing to do. More epochs: --allow_change schedule; a new run on the result: "
                 "--from_weight %s/final with another --save_dir", save_dir, save_dir,
             )  # fmt: skip
+            if keeps_records:
+                StateFile(save_dir / "state.json").say("completed")
             return {"status": "completed", "step": state.step}
         load_checkpoint(open_shards(checkpoint, "model"), open_shards(checkpoint, "optimizer"), model, optimizer)
         scaler.load_state_dict(saved["scaler"])
@@ -567,8 +569,8 @@ def run_job(
         elif processes.is_main:
             card = model_card(asdict(resolved), data.report, records.last_eval, state.step)
             best = store.best(store.manifests())[:1] if config.keep_best else []
-            for name, step in (("final", state.step), *(("best", step) for step in best)):
-                kinds = ("model", "ema") if config.export_ema else ("model",)
+            for name, step in (*(("best", step) for step in best), ("final", state.step)):  # the last one says: done
+                kinds = ["model", *(["ema"] if config.export_ema and has_shards(store.path(step), "ema") else [])]
                 weights = {k: t for kind in kinds for k, t in open_shards(store.path(step), kind).tensors().items()}
                 export_model(
                     save_dir / name, model, tokenizer, state_dict=weights, dtype=getattr(torch, config.export_dtype),

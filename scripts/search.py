@@ -15,17 +15,19 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from scripts.evaluate import positive
 from scripts.verify import kill
 from training.arguments import parse_config
-from training.config import Config, ConfigError, field_types, unknown_flag
+from training.config import Config, ConfigError, field_types, make_config, overlay, unknown_flag
 from training.metrics import read_records
 from training.yaml_files import parse_yaml
 
@@ -75,6 +77,23 @@ def read_space(path: str) -> dict[str, dict[str, Any]]:
     if problems:
         raise ConfigError(problems)
     return space
+
+
+def check_values(space: dict[str, dict[str, Any]], config: Config) -> None:
+    """Raises ConfigError for what no trial could be started with, and ValueError for what a search sets itself."""
+    own = [name for name in ("from_resume", "overwrite") if getattr(config, name) not in ("0", False)]
+    if own:
+        raise ValueError(f"--{own[0]}: a search sets this itself; the same command goes on where it was stopped")
+    given = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    problems = []
+    for name, choice in space.items():
+        for value in choice.get("choices", [choice.get("low"), choice.get("high")]):
+            try:
+                make_config(overlay(given, {name: value}))
+            except ConfigError as error:
+                problems += [f"--space: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
 
 
 def suggest(trial: Any, space: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -143,7 +162,11 @@ class Search:
                             raise optuna.TrialPruned
                 time.sleep(0 if ended else LOOK_SECONDS)
         found = evaluations(run, self.config.monitor_metric).values()
-        if job.returncode or not found:
+        if not (job.returncode or found):
+            raise RuntimeError(
+                f"no evaluation gave --monitor_metric {self.config.monitor_metric}, see {run}/metrics.jsonl"
+            )
+        if job.returncode:
             lines = run.with_suffix(".log").read_text(encoding="utf-8", errors="replace").splitlines()
             said = next((line for line in lines if line.startswith("error:")), (lines or ["nothing was said"])[-1])
             raise RuntimeError(f"exit code {job.returncode}: {said} (all of it: {run.with_suffix('.log')})")
@@ -186,7 +209,9 @@ class Search:
 
     def _check_same(self, study: Any) -> None:
         """Trials can be compared only where all flags but those of the space are the same. Raises ValueError."""
-        same = json.dumps([self.space, sorted(self.words), self.options.processes])
+        own = {*self.space, "save_dir", "overwrite", "save_interval"}
+        flags = {name: value for name, value in asdict(self.config).items() if name not in own}
+        same = json.dumps([self.space, flags, self.options.processes], sort_keys=True)
         if study.user_attrs.setdefault("search", same) != same:
             raise ValueError(f"--study_dir {self.options.study_dir} holds a search with other flags or another space")
         study.set_user_attr("search", same)
@@ -233,9 +258,12 @@ def draw(done: list[Any], space: dict[str, dict[str, Any]], metric: str, path: P
 
 def main(argv: list[str] | None = None) -> int:
     options, words = parse(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that the trial is ended too
+        signal.signal(number, lambda *_: sys.exit(143))
     try:
         config, _ = parse_config(words)
         space = read_space(options.space)
+        check_values(space, config)
         if not (config.val_data_path or config.val_fraction or config.data_path == "demo"):
             raise ValueError("a search needs held-out data: --val_data_path or --val_fraction")
         study = Search(options, words, config, space).run()

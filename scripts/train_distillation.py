@@ -17,7 +17,7 @@ from typing import Any
 from training.arguments import build_parser, config_from_command_line
 from training.config import Config
 from training.lock import lock_or_exit
-from training.stages import read_stages
+from training.stages import read_stages, stages_as_text
 from training.weights import parse_loss_weights
 
 ALPHA, TEMPERATURE = 0.7, 4.0
@@ -75,6 +75,12 @@ def distill(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     if alpha == 0:
         train_full_sft.logger.warning("--alpha 0: this is the trainer alone, no teacher is loaded")
         return train_full_sft.run(config)
+    if config.stages is not None:  # a row that weighs other terms must not lose the teacher
+        rows = [
+            replace(stage, config=replace(s, loss_weights=weights_of_terms(s.loss_weights, options.alpha)))
+            for stage, s in ((stage, stage.config) for stage in read_stages(config))
+        ]
+        config = replace(config, stages=stages_as_text(rows, config))
     config = replace(config, loss_weights=weights_of_terms(config.loss_weights, options.alpha))
 
     source, from_weight = weights_source(options.teacher), weights_source(config.from_weight)

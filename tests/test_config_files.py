@@ -37,7 +37,7 @@ def test_the_files_are_there():
         "adaptive.yaml", "demo.yaml", "distillation.yaml", "gsm8k.yaml", "llama_8b_fsdp_8gpus.yaml",
         "qwen3_0.6b_one_gpu.yaml", "staged.yaml",
     ]  # fmt: skip
-    assert [path.name for path in TABLES] == ["document.yaml", "gsm8k.yaml"]
+    assert [path.name for path in TABLES] == ["curriculum.yaml", "document.yaml", "gsm8k.yaml"]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
@@ -108,7 +108,7 @@ def test_the_small_staged_run_goes_from_short_problems_to_all():
     assert {(stage.config.prompt_field, stage.config.response_field) for stage in stages} == {("question", "answer")}
     plan = plan_of(stages)
     assert plan.lr(plan.total_steps) == 0.0
-    assert plan.loss_weights(1) == {"ce": 1.0, "z": 1e-4} and plan.loss_weights(plan.total_steps) == {}
+    assert plan.loss_weights(1) == {"ce": 1.0, "z": 1e-4} and plan.loss_weights(plan.total_steps) == {"z": 0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

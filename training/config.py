@@ -323,7 +323,8 @@ def _convert(name: str, value: Any, plain: type, optional: bool, mapping: bool =
     if plain is str:
         if name == "stages" and isinstance(value, list):
             return json.dumps(value, ensure_ascii=False, default=str)
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if isinstance(value, list) and all(type(item) in (str, int) for item in value):
+            value = [str(item) for item in value]
             if torn := next((item for item in value if "," in item), None):
                 raise ValueError(f"--{name}: the comma in {torn!r} separates names, rename the file")
             return ",".join(value)

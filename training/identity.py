@@ -15,6 +15,7 @@ SCHEDULE_FLAGS = (
     "lr_adapt_window", "lr_adapt_boost", "lr_adapt_drop", "lr_adapt_drop_patience", "min_lr", "max_lr_factor",
     "early_stopping_patience", "early_stopping_min_delta", "monitor_metric", "monitor_mode",
 )  # fmt: skip
+OBSERVED_FLAGS = ("eval_interval", "val_data_path", "val_fraction")  # what policies see
 OPTIMIZER_FLAGS = (
     "optimizer", "adam_beta1", "adam_beta2", "adam_eps", "amsgrad", "momentum", "weight_decay", "grad_clip",
     "ema_decay",
@@ -25,10 +26,12 @@ OBJECTIVE_FLAGS = ("label_smoothing", "loss_weights", "neftune_alpha", "gradient
 def identity_of(stages: Sequence[Stage], dtype: str, window_rows: Sequence[int], model: str) -> dict[str, Any]:
     """The texts to compare, under the names that --allow_change takes."""
     config = stages[0].config
+    follows = config.lr_adapt != "none" or config.early_stopping_patience is not None
+    schedule = (*SCHEDULE_FLAGS, *(OBSERVED_FLAGS if follows else ()))
     return {
         "model": f"{model}, dropout {config.dropout}, from {config.from_weight}, {config.init}",
         "seed": config.seed,
-        "schedule": " | ".join(f"{_said(stage.config, SCHEDULE_FLAGS)}, {stage.epochs} epochs" for stage in stages),
+        "schedule": " | ".join(f"{_said(stage.config, schedule)}, {stage.epochs} epochs" for stage in stages),
         "optimizer": _said(config, OPTIMIZER_FLAGS),
         "objective": " | ".join(_said(stage.config, OBJECTIVE_FLAGS) for stage in stages),
         "precision": dtype,

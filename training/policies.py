@@ -52,7 +52,7 @@ class Policies:
     @property
     def stopped(self) -> bool:
         """Whether the run is to end early."""
-        return bool(self.state.policies.get("stopped"))
+        return self.stopping is not None and bool(self.state.policies.get("stopped"))
 
     @property
     def best(self) -> dict[str, Any] | None:
