@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from dataset.files import read_rows
 from dataset.layouts import LAYOUTS
-from dataset.questions import question_of
 from dataset.reader import BAD_ROWS, OVERLONG, DataError, UnsafeDataError
 from model.trust import UnsafeModelError
 from training.config import Config
@@ -79,6 +78,8 @@ def read_cases(path: Path, store: Any, limit: int | None) -> list[Case]:
 
     Raises ValueError for a row that has no question, such as a plain text.
     """
+    from dataset.questions import question_of
+
     last_of_row = {store.row(sample): sample for sample in range(store.num_samples)}
     rows = enumerate((row for _, row in read_rows(path)), start=1)
     families = {number: row.get("family") for number, row in rows if isinstance(row, dict) and number in last_of_row}

@@ -8,7 +8,7 @@ import pytest
 from tests.small_world import log_of, result_of, resume_from, train, write_rows
 from trainer_utils import RowSampler, SkipBatchSampler
 from training.plan import micro_batches_per_step
-from training.schedules import lr_factor
+from training.schedules import LRSchedule, lr_factor
 
 
 def ranks_of(num_rows, world_size, window_rows, batch_size, epoch=0, rows_done=0, seed=0):
@@ -165,6 +165,6 @@ def test_another_number_of_rows_per_step_goes_on_from_the_same_share_of_the_run(
     left = -(-(num_rows - 3) // 4) + steps_per_epoch
     total = 3 * steps_per_epoch
     assert sorted(rates) == list(range(kept + 1, kept + 1 + left))
-    expected = [0.01 * lr_factor(s, total, schedule="cosine") for s in range(total - left + 1, total + 1)]
+    expected = [0.01 * lr_factor(LRSchedule("cosine"), s, total) for s in range(total - left + 1, total + 1)]
     assert list(rates.values()) == expected
     assert [r["step"] for r in records if r["kind"] == "epoch"][-1] == kept + left
