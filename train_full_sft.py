@@ -94,7 +94,7 @@ from training.identity import identity_of
 from training.meeting import meet
 from training.metrics import WandbSink
 from training.optimizers import make_optimizer
-from training.plan import Plan, describe_stages, make_plan, micro_batches_per_step, rows_per_step
+from training.plan import Plan, describe_stages, make_plan, micro_batches_per_step, resolve, rows_per_step
 from training.policies import Policies
 from training.process import (
     choose_device,
@@ -107,12 +107,11 @@ from training.process import (
     use_deterministic_kernels,
 )
 from training.records import Meter, RunRecords, StateFile, duration, peak_flops
-from training.stages import Stage, read_stages, resolve
+from training.stages import Stage, read_stages, weighs
 from training.start import Start, begin, decide_start, has_begun, refuse_changes
 from training.state import LoopState, NonFiniteError
 from training.sums import Sums, add_to, token_means
 from training.watchdog import EXIT_HANG, FIRST_FACTOR, Watchdog
-from training.weights import parse_loss_weights
 
 logger = logging.getLogger("train")
 
@@ -396,7 +395,7 @@ def run_job(
         model.enable_gradient_checkpointing()
     measure = objective or make_sft_objective()
     objective = objective or make_sft_objective(
-        config.label_smoothing, z=any("z" in parse_loss_weights(stage.config.loss_weights) for stage in stages),
+        config.label_smoothing, z=weighs(stages, "z"),
         neftune_alpha=config.neftune_alpha, gradient_penalty=config.gradient_penalty > 0,
     )  # fmt: skip
     filler = to_device(collate([data.train[FILLER]]), device)
@@ -436,9 +435,9 @@ def run_job(
     data.report["train"]["steps_per_epoch"] = plan.steps_of(0)
     processes.agree_on("data or flags", identity, config.batch_size, state.step, plan.total_steps, config.save_interval,
                        config.log_interval, config.eval_interval, config.strategy)  # fmt: skip
+    policies = Policies(config, state, changed="schedule" in changed)
     if checkpoint:
-        stopped_early = state.policies.get("stopped") and "schedule" not in changed
-        finished = state.step >= plan.total_steps or stopped_early
+        finished = state.step >= plan.total_steps or policies.stopped
         if start.continues and in_place and finished and (save_dir / "final").exists():
             logger.info(
                 "%s is finished, nothing to do. More epochs: --allow_change schedule; a new run on the result: "
@@ -451,7 +450,6 @@ def run_job(
         scaler.load_state_dict(saved["scaler"])
         logger.info("resumed from %s%s", checkpoint, f", changed: {', '.join(changed)}" if changed else "")
 
-    policies = Policies(config, state, changed="schedule" in changed)
     ema = None
     if config.ema_decay:
         ema = Ema(model, optimizer, config.ema_decay, local_part, lambda: state.step, partial(reshard, model))

@@ -17,7 +17,7 @@ from typing import Any
 from training.arguments import build_parser, config_from_command_line
 from training.config import Config
 from training.lock import lock_or_exit
-from training.stages import read_stages, stages_as_text
+from training.stages import read_stages, stages_as_text, weighs
 from training.weights import parse_loss_weights
 
 ALPHA, TEMPERATURE = 0.7, 4.0
@@ -101,7 +101,7 @@ def distill(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     train_full_sft.logger.info("teacher: %s in %s", source, dtype_name)
     objective = make_distillation_objective(
         teacher, alpha, options.temperature, config.label_smoothing,
-        z=any("z" in parse_loss_weights(stage.config.loss_weights) for stage in read_stages(config)),
+        z=weighs(read_stages(config), "z"),
         neftune_alpha=config.neftune_alpha, gradient_penalty=config.gradient_penalty > 0,
     )  # fmt: skip
     identity = {"objective": f"{taught_by} in {dtype_name}, alpha {alpha}, temperature {options.temperature}"}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
+from training.config import Config
 from training.schedules import LRSchedule, lr_factor, warmup_steps_of
-from training.stages import Stage
+from training.stages import Stage, stages_as_text
 from training.state import LoopState
 from training.weights import LossWeight, parse_loss_weights
 
@@ -57,7 +59,7 @@ class Plan:
 
     def stage_of(self, epoch: int) -> int:
         """The number of the stage, from 0, to which an epoch belongs."""
-        return bisect_right([span.first_epoch for span in self.spans], epoch) - 1
+        return _stage_of(self.spans, epoch)
 
     def mini_epoch_of(self, epoch: int) -> int:
         """The number of an epoch, from 0, within its repeat of its stage."""
@@ -136,7 +138,7 @@ def make_plan(
         )  # fmt: skip
         epoch, steps = epoch + stage.epochs, steps + length
 
-    span = spans[bisect_right([each.first_epoch for each in spans], state.epoch) - 1]
+    span = spans[_stage_of(spans, state.epoch)]
     done_before = span.steps_before + sum(
         _steps(rows_of(n), span.window_rows) for n in range(span.first_epoch, state.epoch + 1)
     )
@@ -151,14 +153,17 @@ def make_plan(
         total_steps = min(total_steps, steps)
     epochs, reached = 0, 0
     while reached < total_steps - extra_steps:
-        rows = spans[bisect_right([each.first_epoch for each in spans], epochs) - 1].window_rows
-        reached += _steps(rows_of(epochs), rows)
+        reached += _steps(rows_of(epochs), spans[_stage_of(spans, epochs)].window_rows)
         epochs += 1
     return Plan(
         spans=spans, rows_of=rows_of, total_steps=total_steps, epochs=epochs, extra_steps=extra_steps,
         lr_shift=lr_shift, log_interval=config.log_interval, eval_interval=config.eval_interval,
         save_interval=config.save_interval, save_evaluated=config.keep_best > 0,
     )  # fmt: skip
+
+
+def _stage_of(spans: Sequence[Span], epoch: int) -> int:
+    return bisect_right([span.first_epoch for span in spans], epoch) - 1
 
 
 def _schedule(stage: Stage, length: int) -> LRSchedule:
@@ -213,3 +218,15 @@ def share_of_a_step(stage: Stage, window_rows: int, world_size: int) -> str:
     gives_way = config.accumulation_steps not in (1, micro_batches)
     reason = f"; --accumulation_steps {config.accumulation_steps} gives way" if gives_way else ""
     return f"{window_rows} rows ({shares}{reason})"
+
+
+def resolve(config: Config, stages: list[Stage], window_rows: list[int], world_size: int, **values: Any) -> Config:
+    """The configuration that starts the same run again on the same machine, whatever the defaults become."""
+    fixed = []
+    for stage, rows in zip(stages, window_rows, strict=True):
+        micro_batches = micro_batches_per_step(rows, world_size, stage.config.batch_size)
+        told = replace(stage.config, global_batch_size=rows, accumulation_steps=micro_batches)
+        fixed.append(replace(stage, config=told))
+    if config.stages is None:
+        return replace(fixed[0].config, **values)
+    return replace(config, stages=stages_as_text(fixed, config), **values)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.config import ALTERNATIVES, Config, ConfigError, make_config, overlay
+from training.weights import parse_loss_weights
 from training.yaml_files import parse_yaml
 
 # What a row may say besides its name, description, repeats and mini_epochs.
@@ -78,16 +80,9 @@ def read_stages(config: Config) -> list[Stage]:
     return stages
 
 
-def resolve(config: Config, stages: list[Stage], window_rows: list[int], world_size: int, **values: Any) -> Config:
-    """The configuration that starts the same run again on the same machine, whatever the defaults become."""
-    fixed = []
-    for stage, rows in zip(stages, window_rows, strict=True):
-        micro_batches = -(-rows // (world_size * stage.config.batch_size))
-        told = dataclasses.replace(stage.config, global_batch_size=rows, accumulation_steps=micro_batches)
-        fixed.append(dataclasses.replace(stage, config=told))
-    if config.stages is None:
-        return dataclasses.replace(fixed[0].config, **values)
-    return dataclasses.replace(config, stages=stages_as_text(fixed, config), **values)
+def weighs(stages: Iterable[Stage], term: str) -> bool:
+    """Whether any stage has a weight for a loss term."""
+    return any(term in parse_loss_weights(stage.config.loss_weights) for stage in stages)
 
 
 def stages_as_text(stages: list[Stage], first: Config) -> str:
