@@ -582,7 +582,8 @@ def run_job(
             logger.warning("%s: stopped after step %d; go on with --from_resume 1", reason, state.step)
         elif processes.is_main:
             card = model_card(asdict(resolved), data.report, records.last_eval, state.step)
-            export_results(config, store, state.step, partial(export_model, model=model, tokenizer=tokenizer, card=card))
+            export = partial(export_model, model=model, tokenizer=tokenizer, card=card)
+            export_results(config, store, state.step, export)
             logger.info("the model is in %s/final; talk to it: python -m scripts.chat %s", save_dir, save_dir)
         if policies.best:
             logger.info(

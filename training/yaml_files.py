@@ -60,7 +60,8 @@ def read_yaml(path: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError([f"{place}: expected 'flag: value' lines, found {type(values).__name__}"])
     table = values.get("stages")
-    if isinstance(table, str) and table != "none" and not table.lstrip().startswith("["):  # a file beside this one, like its base
+    names_a_file = isinstance(table, str) and table != "none" and not table.lstrip().startswith("[")
+    if names_a_file:
         values["stages"] = str(Path(path).parent / table)
     base = values.pop(BASE, None)
     if base is None:
