@@ -62,7 +62,7 @@ def read_yaml(path: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     table = values.get("stages")
     names_a_file = isinstance(table, str) and table != "none" and not table.lstrip().startswith("[")
     if names_a_file:
-        values["stages"] = str(Path(path).parent / table)
+        values["stages"] = str(Path(path).parent / str(table))
     base = values.pop(BASE, None)
     if base is None:
         return values
