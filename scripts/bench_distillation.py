@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def train(module: list[str], save_dir: Path, **flags: Any) -> tuple[float, float]:
-    """The held-out loss at the end of a run, and the share of exact answers. RuntimeError with the output if it fails."""
+    """Held-out loss and share of exact answers at the end of a run. RuntimeError with its output if it fails."""
     words = [f"--{name}={value}" for name, value in {**STUDENT, **flags, "save_dir": save_dir}.items()]
     done = subprocess.run([sys.executable, *module, *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in content)
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         flags = {
-            "data_path": folder / "train.jsonl", "val_data_path": folder / "held_out.jsonl", "cache_dir": folder / "cache",
-            "max_seq_len": 512, "batch_size": 2, "max_steps": options.steps, "learning_rate": 4e-3, "device": "cpu",
+            "data_path": folder / "train.jsonl", "val_data_path": folder / "held_out.jsonl",
+            "cache_dir": folder / "cache", "max_seq_len": 512, "batch_size": 2, "max_steps": options.steps, "learning_rate": 4e-3, "device": "cpu",
             "warmup_ratio": 0.05, "eval_interval": options.steps, "save_interval": options.steps, "eval_samples": 140,
         }  # fmt: skip
         for seed in range(1, options.seeds + 1):
