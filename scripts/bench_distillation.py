@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         flags = {
             "data_path": folder / "train.jsonl", "val_data_path": folder / "held_out.jsonl",
-            "cache_dir": folder / "cache", "max_seq_len": 512, "batch_size": 2, "max_steps": options.steps, "learning_rate": 4e-3, "device": "cpu",
+            "cache_dir": folder / "cache", "max_seq_len": 512, "batch_size": 2, "max_steps": options.steps,
+            "learning_rate": 4e-3, "device": "cpu",
             "warmup_ratio": 0.05, "eval_interval": options.steps, "save_interval": options.steps, "eval_samples": 140,
         }  # fmt: skip
         for seed in range(1, options.seeds + 1):
