@@ -108,7 +108,7 @@ from training.process import (
     use_deterministic_kernels,
 )
 from training.records import Meter, RunRecords, StateFile, duration, peak_flops
-from training.stages import Stage, read_stages, weighs
+from training.stages import Stage, check_terms, idle_flags, read_stages, weighs
 from training.start import Start, begin, decide_start, has_begun, refuse_changes
 from training.state import LoopState, NonFiniteError
 from training.sums import Sums, add_to, evaluation_means, token_means
@@ -199,11 +199,11 @@ def loss_of(terms: dict[str, Tensor], weights: Weights) -> Tensor:
     Raises ValueError for a weight of a term that the objective does not have.
     """
     if unknown := weights.keys() - terms.keys():
-        known = ", ".join(name for name, term in terms.items() if term.requires_grad)
-        hint = "; kd comes from a teacher, see scripts.train_distillation" if "kd" in unknown else ""
-        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {known}{hint}")
-    learnt = {name: term for name, term in terms.items() if term.requires_grad and weights.get(name, 1.0)}
-    return sum(weights.get(name, 1.0) * term for name, term in learnt.items())  # type: ignore[return-value]
+        known = [name for name, term in terms.items() if term.requires_grad]
+        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {', '.join(known)}")
+    learnt = {name: term for name, term in terms.items() if term.requires_grad}
+    weighed = {name: term for name, term in learnt.items() if weights.get(name, 1.0)} or learnt
+    return sum(weights.get(name, 1.0) * term for name, term in weighed.items())  # type: ignore[return-value]
 
 
 def train_epoch(
@@ -355,6 +355,8 @@ def run(
     """
     rank, _, _ = environment_rank()
     setup_logging(rank)
+    if config.teacher is not None and objective is None:
+        raise ValueError("--teacher: a run under a teacher is started by torchrun -m scripts.train_distillation")
     save_dir = Path(config.save_dir)
     lock = lock_run(save_dir) if rank == 0 and not config.dry_run else None  # until this function ends
     start = decide_start(save_dir, config.from_resume, config.overwrite, has_begun(save_dir))
@@ -383,6 +385,10 @@ def run_job(
     tokenizer_source = choose_tokenizer(config.tokenizer, from_weight)
     tokenizer = load_tokenizer(tokenizer_source, config.chat_template)
     stages = read_stages(config)
+    if objective is None or config.teacher:
+        check_terms(stages)
+    for line in idle_flags(stages):
+        logger.warning("%s", line)
     data = load_data(
         config, stages, tokenizer, owner=local_rank == 0, echo=logger.info,
         rejects_file=save_dir / "rejects.jsonl" if keeps_records else None,
@@ -441,7 +447,9 @@ def run_job(
     window_rows = rows_per_step(stages, world_size, saved.get("global_batch_size", []))
     if state.rows >= data.train.rows_of(state.epoch) and not state.unfinished:  # only where other data was allowed
         state.next_epoch()
-    identity = {**data.identity, **identity_of(stages, dtype_name, window_rows, describe_model(model))}
+    identity = {**data.identity, **identity_of(
+        stages, dtype_name, window_rows, describe_model(model), data.held_out_identity
+    )}  # fmt: skip
     identity |= {name: f"{identity.get(name, '')} | {said}" for name, said in extra_identity.items()}
     changed = refuse_changes(saved["identity"], identity, config.allowed_changes) if checkpoint else []
     plan = make_plan(stages, data.train.rows_of, window_rows, state)
