@@ -44,7 +44,8 @@ def tensorboard_of(run):
     page.Reload()
     texts = {
         tag: [(e.step, e.tensor_proto.string_val[0].decode()) for e in page.Tensors(tag)]
-        for tag in page.PluginTagToContent("text")
+        for tag in page.Tags()["tensors"]
+        if tag.endswith("/text_summary")
     }
     return curves, texts
 
