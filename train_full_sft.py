@@ -50,6 +50,7 @@ from model.choose import (
     fill_model,
     load_tokenizer,
     shape_of,
+    sizes_of,
     weights_source,
 )
 from model.export import export_model
@@ -88,6 +89,7 @@ from training.checkpoints import (
     verify,
 )
 from training.control import EARLY, PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
+from training.doctor import check_start
 from training.ema import Ema
 from training.environment import write_descriptions
 from training.identity import identity_of
@@ -101,12 +103,13 @@ from training.process import (
     device_name_of,
     end_process,
     is_ours,
+    out_of_memory,
     peak_memory_bytes,
     setup_logging,
     to_device,
     use_deterministic_kernels,
 )
-from training.records import Meter, RunRecords, StateFile, peak_flops
+from training.records import Meter, RunRecords, StateFile
 from training.sinks import sink_makers
 from training.stages import Stage, read_stages, weighs
 from training.start import Start, begin, decide_start, has_begun, refuse_changes
@@ -354,7 +357,7 @@ def run(
         return run_job(config, start, objective, extra_identity or {}, callbacks)
     except Exception as error:
         if lock:
-            reason = LOST_PEER if is_lost_peer(error) else f"{type(error).__name__}: {error}"
+            reason = LOST_PEER if is_lost_peer(error) else out_of_memory(error) or f"{type(error).__name__}: {error}"
             ended = {"exit_reason": reason, "exit_code": exit_code_of(error)}
             StateFile(save_dir / "state.json").say("failed", start.clears, **ended)
         raise
@@ -373,6 +376,8 @@ def run_job(
     tokenizer_source = choose_tokenizer(config.tokenizer, from_weight)
     tokenizer = load_tokenizer(tokenizer_source, config.chat_template)
     stages = read_stages(config)
+    if rank == 0 and not config.skip_checks:
+        check_start(config, sizes_of(from_weight, config.shape, len(tokenizer)), world_size)
     data = load_data(
         config, stages, tokenizer, owner=local_rank == 0, echo=logger.info,
         rejects_file=save_dir / "rejects.jsonl" if keeps_records else None,
@@ -505,12 +510,8 @@ def run_job(
         write_rejects(save_dir / "rejects.jsonl", data.rejects)
         write_descriptions(save_dir, resolved, data.report, device_name, world_size, torch.get_num_threads())
     body, head = model.parameter_counts()
-    records = RunRecords(
-        save_dir, processes.is_main, (6.0 * body, 6.0 * head), peak_flops(device_name, world_size), device.type == "cuda"
-    )
-    records.metrics.follow(
-        sink_makers(config.reporters, save_dir, callbacks, config.wandb_project, constants["wandb_id"], asdict(resolved))
-    )
+    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), device_name, world_size)
+    records.metrics.follow(sink_makers(resolved, constants["wandb_id"], callbacks))
     on_hang = partial(records.status, "failed", exit_code=EXIT_HANG)
     watchdog = Watchdog(config.group_timeout_seconds, on_hang, on_beat=records.alive)
     learner.beat = watchdog.beat
@@ -658,6 +659,8 @@ def main(config: Config, run_it: Callable[[Config], dict[str, Any]] | None = Non
     except Exception as error:
         if is_lost_peer(error):
             logger.error("stopped: %s", LOST_PEER)
+        elif message := out_of_memory(error):
+            logger.error("error: %s", message)
         elif isinstance(error, tuple(EXIT_CODES)):
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             # What a library raised under a name that we use for what the user can mend may be a fault of ours.

@@ -8,6 +8,7 @@ import pytest
 
 from scripts import replay
 from tests.small_world import KillAtCall, log_of, records_of, train, write_rows
+from training.config import Config
 from training.metrics import MetricsLog
 from training.sinks import FunctionSink, TensorBoardSink, scalars, sink_makers, text_of
 
@@ -170,7 +171,7 @@ def test_a_function_hears_every_record_and_one_that_fails_is_dropped(tmp_path, c
         raise ImportError("not installed")
 
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.follow([*sink_makers([], tmp_path, [heard.append, FunctionSink(broken)], "", "", {}), no_such_sink])
+    log.follow([*sink_makers(Config(), "", [heard.append, FunctionSink(broken)]), no_such_sink])
     log.start(0)
     for step in (1, 2):
         log.write("epoch", step, epoch=step, train_loss=math.nan)

@@ -105,7 +105,7 @@ def test_no_package_and_no_driver_are_no_failure(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("visible", "count", "names"),
-    [(None, 2, ["0", "1"]), ("", 1, ["0"]), ("3, 5", 1, ["3"]), ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"])],
+    [(None, 2, ["0", "1"]), ("", 1, []), ("3, 5", 1, ["3"]), ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"])],
 )
 def test_only_the_gpus_of_the_job_are_told(monkeypatch, visible, count, names):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -141,14 +141,14 @@ class RunRecords:
     """The one place that the loop reports to; every method may be called on every rank and acts on rank 0."""
 
     def __init__(
-        self, save_dir: Path, is_main: bool, flops_per_token: tuple[float, float], peak_flops: float | None,
-        on_gpus: bool = False,
-    ):  # fmt: skip
-        """`flops_per_token`: of an input token, of a supervised token; `peak_flops`: of all devices, per second."""
+        self, save_dir: Path, is_main: bool, flops_per_token: tuple[float, float], device_name: str, devices: int
+    ):
+        """`flops_per_token`: of an input token, of a supervised token."""
         self.is_main = is_main
-        self.system = SystemWatch(save_dir, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if on_gpus else 0)
+        gpus = 0 if device_name == "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.system = SystemWatch(save_dir, gpus)
         self._paused_at = 0.0
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(device_name, devices)
         self.metrics = MetricsLog(save_dir / "metrics.jsonl")
         self.state_file = StateFile(save_dir / "state.json")
         self.progress: Progress | None = None

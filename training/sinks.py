@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from training.config import Config
 from training.metrics import Record, Sink
 
 TENSORBOARD, WANDB = "tensorboard", "wandb"
@@ -25,7 +27,9 @@ REPLACED = "replaced-"
 def scalars(record: Record) -> dict[str, float]:
     """The numbers of a record that make curves, under the keys that they have there; those of an epoch as epoch/…"""
     prefix = "epoch/" if record["kind"] == "epoch" else ""
-    numbers = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name not in OWN_KEYS}
+    numbers = {
+        name: value for name, value in record.items() if isinstance(value, (int, float)) and name not in OWN_KEYS
+    }
     return {prefix + name: float(value) for name, value in numbers.items() if prefix or "/" in name}
 
 
@@ -56,25 +60,25 @@ class TensorBoardSink:
         whole = whole or not history or not any(directory.glob(EVENT_FILES))
         # The last step of the history is written again: what was cut off may have been of the same step.
         first = 0 if whole else history[-1]["step"]
-        self.writer = SummaryWriter(str(directory), purge_step=first)  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(directory), purge_step=first)
         for record in history:
             if record["step"] >= first:
                 self._add(record)
-        self.writer.flush()  # type: ignore[no-untyped-call]
+        self.writer.flush()
 
     def log(self, record: Record) -> None:
         self._add(record)
-        self.writer.flush()  # type: ignore[no-untyped-call] - kill -9 takes nothing that metrics.jsonl has
+        self.writer.flush()  # kill -9 takes nothing that metrics.jsonl has
 
     def _add(self, record: Record) -> None:
         place = {"global_step": record["step"], "walltime": record["time"]}
         for name, value in scalars(record).items():
-            self.writer.add_scalar(name, value, **place)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, value, **place)
         if record["kind"] == "event":
-            self.writer.add_text(f"event/{record['event']}", text_of(record), **place)  # type: ignore[no-untyped-call]
+            self.writer.add_text(f"event/{record['event']}", text_of(record), **place)
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 class WandbSink:
@@ -109,20 +113,16 @@ class WandbSink:
 
 
 def sink_makers(
-    names: Sequence[str],
-    save_dir: Path,
-    callbacks: Sequence[Callable[[Record], None] | Sink],
-    wandb_project: str,
-    wandb_id: str,
-    config: dict[str, Any],
+    config: Config, wandb_id: str, callbacks: Sequence[Any] = ()
 ) -> list[Callable[[Sequence[Record]], Sink]]:
     """What makes the sinks of a run from the records that it goes on from; a callback is a function or a sink."""
 
-    def make_callback(callback: Any, _history: Sequence[Record]) -> Sink:
+    def make_callback(callback: Any, _history: Sequence[Record]) -> Any:
         return FunctionSink(callback) if callable(callback) else callback
 
+    save_dir = Path(config.save_dir)
     makers: dict[str, Callable[[Sequence[Record]], Sink]] = {
         TENSORBOARD: partial(TensorBoardSink, save_dir / TENSORBOARD),
-        WANDB: partial(WandbSink, wandb_project, wandb_id, save_dir, config),
+        WANDB: partial(WandbSink, config.wandb_project, wandb_id, save_dir, asdict(config)),
     }
-    return [*(makers[name] for name in names), *(partial(make_callback, callback) for callback in callbacks)]
+    return [*(makers[name] for name in config.reporters), *(partial(make_callback, each) for each in callbacks)]

@@ -32,12 +32,22 @@ class Gpus:
 
                 pynvml.nvmlInit()
                 self.nvml = pynvml
-                self.handles = [self._handle(name) for name in visible_gpus(count)]
+                for name in visible_gpus(count):
+                    self.handles.append(self._handle(name))
 
     def _handle(self, name: str) -> Any:
         if name.isdecimal():
             return self.nvml.nvmlDeviceGetHandleByIndex(int(name))
         return self.nvml.nvmlDeviceGetHandleByUUID(name)
+
+    def memory(self) -> list[tuple[str, int, int]]:
+        """Name, bytes in all and bytes free of each."""
+        found = []
+        for handle in self.handles:
+            with contextlib.suppress(Exception):
+                known, name = self.nvml.nvmlDeviceGetMemoryInfo(handle), self.nvml.nvmlDeviceGetName(handle)
+                found.append((str(name), int(known.total), int(known.free)))
+        return found
 
     def utilization(self) -> dict[int, float]:
         """Per cent of the last moments in which each GPU computed something."""
@@ -62,9 +72,10 @@ class Gpus:
 
 
 def visible_gpus(count: int) -> list[str]:
-    """The first `count` names (numbers or UUIDs) in CUDA_VISIBLE_DEVICES, or numbers where it says nothing."""
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return named[:count] or [str(i) for i in range(count)]
+    """The first `count` names (numbers or UUIDs) in CUDA_VISIBLE_DEVICES, or numbers where it is not set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(count)) if visible is None else (name.strip() for name in visible.split(","))
+    return [name for name in names if name][:count]
 
 
 def job_ram_bytes() -> int:
