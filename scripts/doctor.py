@@ -1,8 +1,8 @@
 """Looks whether a run can work here, before it takes its time:   python -m scripts.doctor --config FILE
 
-It takes all flags of the trainer. Under torchrun it counts the processes, and on several nodes it checks that they share
---save_dir and the time. A short form runs at every start of the trainer. Exit codes: 0, 1 where something is wrong that
-a run would die of, 2 for a wrong flag.
+It takes all flags of the trainer. Under torchrun it counts the processes, and on several nodes it checks that they
+share --save_dir and the time. A short form runs at every start of the trainer. Exit codes: 0, 1 where something is
+wrong that a run would die of, 2 for a wrong flag.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def check_data(config: Config) -> list[Finding]:
             continue
         try:
             for source in find_sources(str(value), flag):
-                rows = itertools.islice(read_conversations(source.path, options.fields, options.data_format), ROWS)
+                rows = itertools.islice(read_conversations(source.path, options.fields(), options.data_format), ROWS)
                 bad = [row for row in rows if isinstance(row, Defect)]
                 words = f"{flag} {source.path}: {bad[0] if bad else 'its first rows are fine'}"
                 remedy = "mend the row, or --bad_rows skip; python -m scripts.inspect_data shows samples"

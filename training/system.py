@@ -1,4 +1,4 @@
-"""What the machine of rank 0 is doing: memory, processors, disk, GPUs. A thread looks, the loop's thread writes it down.
+"""What the machine of rank 0 is doing: memory, processors, disk, GPUs. A thread looks, that of the loop writes.
 
 It draws no random number and touches no tensor, so that no bit of a run depends on it.
 """
