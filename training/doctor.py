@@ -87,7 +87,7 @@ class Need:
 
 
 def gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / MIB:.0f} MiB"
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
 
 
 def state_bytes(config: Config, parameters: int) -> int:
