@@ -31,7 +31,7 @@ LEAST_PYTHON, LEAST_TORCH = (3, 11), (2, 11)
 NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "jinja2", "PyYAML", "psutil")
 # Numbers per weight that an optimizer remembers.
 OPTIMIZER_NUMBERS = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 1, "adafactor": 0}
-PROCESS_BYTES = 600 * MIB  # Python, torch and what both load
+PROCESS_BYTES = 400 * MIB  # Python, torch and what both load
 MAX_LOGITS = 2**26  # numbers of the vocabulary projection that exist at once, see model/losses.py
 
 
@@ -113,7 +113,9 @@ def memory_need(config: Config, sizes: Sizes, world_size: int, on_gpu: bool) -> 
     activations = of_layer + layers * of_input if config.gradient_checkpointing else layers * of_layer
     logits = 3 * 4 * min(tokens * sizes.vocab_size, MAX_LOGITS)
     casts = 2 * sizes.parameters // parts if half else 0
-    return Need(certain, certain + activations + logits + casts + PROCESS_BYTES)
+    gradients = 4 * sizes.parameters // parts  # not yet there when a step holds most activations
+    peak = max(certain, certain - gradients + activations + logits)
+    return Need(certain, peak + casts + PROCESS_BYTES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
