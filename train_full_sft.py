@@ -94,7 +94,7 @@ from training.ema import Ema
 from training.environment import write_descriptions
 from training.identity import identity_of
 from training.meeting import meet
-from training.metrics import duration
+from training.observe import duration
 from training.optimizers import make_optimizer
 from training.plan import Plan, describe_stages, make_plan, micro_batches_per_step, resolve, rows_per_step
 from training.policies import Policies

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from training.control import COMMANDS, PAUSE, RESUME, SAVE, STOP
-from training.metrics import duration
-from training.observe import UNDER_WAY, WrongStateError, newest_record, read_state, send_command
+from training.observe import UNDER_WAY, WrongStateError, duration, newest_record, read_state, send_command
 
 NOT_IN_TIME = 1
 LOOK_SECONDS = 0.1

@@ -30,16 +30,6 @@ def strict(record: Record) -> Record:
     return {**record, **dict.fromkeys(bad), "non_finite": bad} if bad else record
 
 
-def duration(seconds: float) -> str:
-    """A span of time as a person writes it: 45s, 3m20s, 2h05m."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
 class Sink(Protocol):
     def log(self, record: Record) -> None: ...
     def close(self) -> None: ...

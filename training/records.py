@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from training.metrics import MetricsLog, duration, read_records, strict
+from training.metrics import MetricsLog, read_records, strict
+from training.observe import duration
 from training.plan import Plan
 from training.state import LoopState
 from training.system import SystemWatch
