@@ -146,7 +146,7 @@ class RunRecords:
     ):
         """`flops_per_token`: of an input token, of a supervised token."""
         self.is_main = is_main
-        gpus = 0 if device_name == "cpu" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_main and device_name != "cpu" else 0
         self.system = SystemWatch(save_dir, gpus)
         self._paused_at = 0.0
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(device_name, devices)
