@@ -9,8 +9,10 @@ import types
 import pytest
 
 from tests.small_world import log_of, records_of, result_of, train, write_rows
-from training.records import Meter, StateFile
+from training.records import Meter, RunRecords, StateFile
+from training.state import LoopState
 from training.system import SystemWatch, visible_gpus
+from training.watchdog import Watchdog
 
 PLAIN = {"system/ram_used_gib", "system/ram_percent", "system/cpu_percent", "system/disk_free_gib"}
 
@@ -165,3 +167,17 @@ def test_the_state_is_renewed_once_a_second_and_at_once_where_it_changes(tmp_pat
     file._written_at -= 1.0
     file.update(step=3)
     assert '"step": 3' in file.path.read_text()
+
+
+def test_every_beat_of_a_running_loop_is_heard_of(tmp_path):
+    plan = types.SimpleNamespace(total_steps=9, epochs=1, stage_of=lambda epoch: 0)
+    records, path = RunRecords(tmp_path, True, (1.0, 1.0), "cpu", 1), tmp_path / "state.json"
+    watchdog = Watchdog(100.0, on_hang=print, on_beat=records.alive)
+    watchdog.beat()
+    assert not path.exists(), "nothing is under way yet"
+    with records.running(LoopState(), plan):
+        for _ in range(2):  # a micro-batch, a batch of a validation, a look of a paused run
+            before = records.state_file._written_at = records.state_file._written_at - 1.0
+            watchdog.beat()
+            assert records.state_file._written_at > before + 1.0
+    records.close("completed")
