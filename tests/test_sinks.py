@@ -95,7 +95,7 @@ def assert_same_curves(found, expected):
 def test_both_hold_the_curves_of_the_run_also_after_a_kill(tmp_path, rows):
     flags = {**FLAGS, "data_path": rows, "val_data_path": rows, "report_to": "all", "accumulation_steps": 2}
     # In the step after an evaluation that came without a checkpoint, so that records are cut back and made again.
-    assert train(1, tmp_path / "run", wrap_objective=KillAtCall(call=15), **flags) == [-9], log_of(tmp_path / "run")
+    assert train(1, tmp_path / "run", wrap_objective=KillAtCall(call=16), **flags) == [-9], log_of(tmp_path / "run")
     torn = records_of(tmp_path / "run")[-1]["step"]
     assert torn == 7 and records_of(tmp_path / "run", "eval")[-1]["step"] == 6
     assert train(1, tmp_path / "run", from_resume="1", **flags) == [0], log_of(tmp_path / "run")
