@@ -189,7 +189,7 @@ class Config:
     save_top_k: int = flag(0, "best checkpoints kept besides; each evaluation then saves", group="run", minimum=0)
     monitor_metric: str = flag("eval/loss", "metric of an evaluation that says which are best", group="run")
     monitor_mode: str = flag("min", "whether small or large values of it are good", group="run", choices=("min", "max"))
-    max_hours: float | None = flag(None, "save and stop before so many hours have passed since the start", group="run", above=0)
+    max_hours: float | None = flag(None, "save and stop before so many hours have passed since the start, pauses included", group="run", above=0)
     eval_interval: str = flag("1epoch", "validate every N steps or every 'Nepoch'", group="run", interval=True)
     eval_samples: int = flag(0, "held-out prompts that are answered for show and for eval/exact_match", group="run", minimum=0)
     eval_samples_interval: int = flag(1, "evaluations from one such show to the next", group="run", minimum=1)
@@ -197,9 +197,10 @@ class Config:
     log_interval: str = flag("100", "log every N steps or every 'Nepoch'", group="run", interval=True)
     export_ema: bool = flag(False, "final/ holds the moving average of --ema_decay", group="run")
     export_dtype: str = flag("float32", "dtype of final/", group="run", choices=("float32", "bfloat16", "float16"))
-    report_to: str = flag("none", "where metrics go besides metrics.jsonl", group="run", choices=("none", "wandb"))
-    use_wandb: bool = flag(False, "same as --report_to wandb", group="run")
+    report_to: str = flag("none", "where metrics go besides metrics.jsonl; all = both", group="run", choices=("none", "tensorboard", "wandb", "all"))
+    use_wandb: bool = flag(False, "wandb besides what --report_to says", group="run")
     wandb_project: str = flag("full-sft", "project name in wandb", group="run")
+    skip_checks: bool = flag(False, "start without a look at memory, disk, threads and packages (scripts.doctor looks closer)", group="run")
     dry_run: bool = flag(False, "check everything, show one sample and the token ledger, do not train", group="run")
     # fmt: on
 
@@ -303,8 +304,10 @@ class Config:
         return {name: getattr(self, name) for name in LOADING_FLAGS}
 
     @property
-    def reports_to_wandb(self) -> bool:
-        return self.use_wandb or self.report_to == "wandb"
+    def reporters(self) -> list[str]:
+        """Where metrics go besides metrics.jsonl: names of training/sinks.py."""
+        wanted = {"none": (), "all": ("tensorboard", "wandb")}.get(self.report_to, (self.report_to,))
+        return sorted({*wanted, *(("wandb",) if self.use_wandb else ())})
 
     def to_yaml(self) -> str:
         import yaml
