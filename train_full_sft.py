@@ -334,15 +334,59 @@ def validate(
     return results
 
 
-@torch.no_grad()
-def metrics_of_evaluation(learner: Learner, filler: Batch, sources: list[str], has_ema: bool) -> list[str]:
-    """The names of what `validate` gives, before anything is trained; `filler` is a batch that counts for nothing."""
-    with learner.autocast():
-        terms = learner.measure(unwrap(learner.model), filler)
-    reshard(learner.model)
-    prefixes = [f"eval{average}" for average in (["", "/ema"] if has_ema else [""])]
-    prefixes += [f"{prefix}/{source}" for prefix in prefixes for source in sources if len(sources) > 1]
-    return [name for prefix in prefixes for name in evaluation_means(dict.fromkeys(terms, 0), prefix)]
+@dataclass
+class Evaluation:
+    """Validation, of the moving averages too, and answers to held-out questions; every rank must call it."""
+
+    learner: Learner
+    loaders: dict[str, DataLoader]  # by source; without any, nothing is evaluated
+    questions: list[Question]
+    questions_interval: int  # in evaluations
+    tokenizer: Any
+    ema: Ema | None
+    state: LoopState
+    records: RunRecords
+
+    @torch.no_grad()
+    def names(self, filler: Batch) -> list[str]:
+        """The names of what it will give, before anything is trained; `filler` is a batch that counts for nothing."""
+        if not self.loaders:
+            return []
+        model, sources = self.learner.model, list(self.loaders) if len(self.loaders) > 1 else []
+        with self.learner.autocast():
+            terms = self.learner.measure(unwrap(model), filler)
+        reshard(model)
+        prefixes = ["eval", *(["eval/ema"] if self.ema else [])]
+        prefixes += [f"{prefix}/{source}" for prefix in prefixes for source in sources]
+        names = [name for prefix in prefixes for name in evaluation_means(dict.fromkeys(terms, 0), prefix)]
+        return [*names, *(["eval/exact_match"] if self.questions else [])]
+
+    def __call__(self, wishes: Wishes) -> dict[str, float]:
+        if not self.loaders:
+            return {}
+        results = validate(self.learner, self.loaders, wishes)
+        if self.ema:
+            with self.ema.in_place():
+                results |= validate(self.learner, self.loaders, wishes, "eval/ema")
+        if self.questions and self.state.evaluations % self.questions_interval == 0:
+            results |= self.answers()
+        self.state.evaluations += 1
+        self.records.log_eval(self.state, results)
+        return results
+
+    def answers(self) -> dict[str, float]:
+        """Answer greedily, each rank its share of the questions; returns the share of exact answers."""
+        processes, exact = self.learner.processes, 0
+        for question in self.questions[processes.rank :: processes.world_size]:
+            room, ends = len(question.expected) + 8, {question.end}
+            model = unwrap(self.learner.model)
+            (answer,) = generate(model, [question.prompt], max_new_tokens=room, eos_token_ids=ends)
+            exact += answer == question.expected
+            texts = self.tokenizer.batch_decode([question.prompt, question.expected, answer])
+            said = dict(zip(("prompt", "expected", "answer"), texts, strict=True))
+            self.records.event(self.state.step, "sample", **said, exact=answer == question.expected)
+            self.learner.beat()
+        return {"eval/exact_match": processes.sum_ints([exact])[0] / len(self.questions)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -494,11 +538,6 @@ def run_job(
         for source, rows in data.by_source.items()
     }
 
-    questions = questions_of(data.held_out, config.eval_samples) if data.held_out and config.eval_samples else []
-    if held_out:
-        answers = ["eval/exact_match"] if questions else []
-        policies.check_metric([*metrics_of_evaluation(learner, filler, list(held_out), bool(ema)), *answers])
-
     def begin_epoch(epoch: int) -> int:
         """Set the rows of an epoch and where to begin in them; returns the micro-batches of its steps."""
         span, size = plan.span_of(epoch), plan.span_of(epoch).stage.config.batch_size
@@ -508,6 +547,15 @@ def run_job(
         batches.batch_size, batches.skip_batches = size, skip * micro_batches
         return micro_batches
 
+    body, head = model.parameter_counts()
+    device_name = device_name_of(device)
+    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), device_name, world_size)
+    questions = questions_of(data.held_out, config.eval_samples) if data.held_out and config.eval_samples else []
+    evaluation = Evaluation(
+        learner, held_out, questions, config.eval_samples_interval, tokenizer, ema, state, records
+    )  # fmt: skip
+    policies.check_metric(evaluation.names(filler))
+
     logger.info("%d steps, %s on %s", plan.total_steps, dtype_name, device)
     for line in describe_stages(plan, world_size):
         logger.info("%s", line)
@@ -516,7 +564,6 @@ def run_job(
         return rehearse(learner, loader, begin_epoch(state.epoch), plan, sample, report_lines(data.report["train"]))
 
     # 7. Records
-    device_name = device_name_of(device)
     resolved = resolve(
         config, stages, window_rows, world_size, tokenizer=tokenizer_source, device=device.type, dtype=dtype_name,
         overwrite=False, from_resume="0", allow_change="", **shape_of(model, SHAPE_FLAGS),
@@ -533,8 +580,6 @@ def run_job(
         store.set_aside_from(state.step + (state.step == 0 or in_place), warn=logger.warning)
         write_rejects(save_dir / "rejects.jsonl", data.rejects)
         write_descriptions(save_dir, resolved, data.report, device_name, world_size, torch.get_num_threads())
-    body, head = model.parameter_counts()
-    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), device_name, world_size)
     records.metrics.follow(sink_makers(resolved, constants["wandb_id"], callbacks))
     on_hang = partial(records.status, "failed", exit_code=EXIT_HANG)
     watchdog = Watchdog(config.group_timeout_seconds, on_hang, on_beat=records.alive)
@@ -548,29 +593,17 @@ def run_job(
         records.metrics.sync()  # or a power cut could take lines that come before the checkpoint
         checkpointer.save(records.metrics_of(state.step), last)
 
-    def evaluate() -> dict[str, float]:
-        if not held_out:
-            return {}
-        results = validate(learner, held_out, wishes)
-        if ema:
-            with ema.in_place():
-                results |= validate(learner, held_out, wishes, "eval/ema")
-        state.policies["evaluations"] = state.policies.get("evaluations", 0) + 1
-        if questions and (state.policies["evaluations"] - 1) % config.eval_samples_interval == 0:
-            results |= answer_questions(learner, questions, tokenizer, partial(records.event, state.step, "sample"))
-        records.log_eval(state, results)
-        return results
-
     def adapt(results: dict[str, float]) -> None:
         policies.observe(results, plan, processes.sum_ints, records.event)
 
     # 8. Epochs
     reason = None
-    hooks = Hooks(save, evaluate, adapt, checkpointer.finish, checkpointer.has_failed)
     with records.running(state, plan), SignalFlags() as signals:
         control = ControlFile(save_dir / "control.json") if processes.is_main else None
         stop_at = config.max_hours and started + 3600 * config.max_hours
         wishes = Wishes(signals, control, stop_at, goal_reached=lambda: policies.stopped)
+        evaluate = partial(evaluation, wishes)
+        hooks = Hooks(save, evaluate, adapt, checkpointer.finish, checkpointer.has_failed)
         with watchdog:
             try:
                 if config.eval_at_start and state.step == 0:
@@ -620,21 +653,6 @@ def export_results(config: Config, store: CheckpointStore, last_step: int, expor
     for name, step in (*(("best", step) for step in best), ("final", last_step)):  # the last one says: done
         weights = weights_to_export(store.path(step), averaged=config.export_ema)
         export(Path(config.save_dir) / name, state_dict=weights, dtype=getattr(torch, config.export_dtype))
-
-
-def answer_questions(
-    learner: Learner, questions: list[Question], tokenizer: Any, say: Callable[..., None]
-) -> dict[str, float]:
-    """Let the model answer held-out questions greedily, each rank its share; returns the share of exact answers."""
-    processes, exact = learner.processes, 0
-    for question in questions[processes.rank :: processes.world_size]:
-        room, ends = len(question.expected) + 8, {question.end}
-        (answer,) = generate(unwrap(learner.model), [question.prompt], max_new_tokens=room, eos_token_ids=ends)
-        exact += answer == question.expected
-        texts = tokenizer.batch_decode([question.prompt, question.expected, answer])
-        say(**dict(zip(("prompt", "expected", "answer"), texts, strict=True)), exact=answer == question.expected)
-        learner.beat()
-    return {"eval/exact_match": processes.sum_ints([exact])[0] / len(questions)}
 
 
 def load_data(config: Config, stages: list[Stage], tokenizer: Any, **how: Any) -> RunData:

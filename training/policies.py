@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,9 +51,9 @@ class Policies:
             state.since_observed = Sums()  # nobody has looked yet, also where it was asked for only now
         state.lr_factor = self.multiplier.factor if self.multiplier else 1.0
 
-    def check_metric(self, names: Iterable[str]) -> None:
+    def check_metric(self, names: Sequence[str]) -> None:
         """ValueError where something waits for a metric that evaluations, which give these names, do not have."""
-        if self.uses_metric and self.metric not in names:
+        if names and self.uses_metric and self.metric not in names:
             raise ValueError(f"--monitor_metric {self.metric}: an evaluation gives {', '.join(names)}")
 
     @property
