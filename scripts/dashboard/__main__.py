@@ -12,9 +12,7 @@ from scripts.dashboard.server import make_server
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.dashboard", description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--runs_dir", default="runs", metavar="DIR", help="directory of the runs (default runs)"
-    )
+    parser.add_argument("--runs_dir", default="runs", metavar="DIR", help="directory of the runs (default runs)")
     parser.add_argument("--port", type=int, default=8765, metavar="N", help="port on 127.0.0.1 (default 8765)")
     given = parser.parse_args(argv)
     if not 1 <= given.port <= 65535:

@@ -335,9 +335,9 @@ class Tail:
                 for text in texts:
                     yield text
             while not client.dropped:
-                text = await client.queue.get()
-                if text is not None:
-                    yield text
+                waiting = await client.queue.get()
+                if waiting is not None:
+                    yield waiting
         finally:
             self.clients.discard(client)
             self.used_at = time.monotonic()

@@ -49,7 +49,8 @@ class Table:
 
     def series(self, max_points: int) -> dict[str, dict[str, list[Any]]]:
         """Name -> {step, time, value}, at most `max_points` of each; null where a value was not finite."""
-        step, time, result = np.array(self.step), np.array(self.time), {}
+        step, time = np.array(self.step), np.array(self.time)
+        result: dict[str, dict[str, list[Any]]] = {}
         for name, column in self.columns.items():
             values = np.array(column)
             there = np.flatnonzero(values != ABSENT)

@@ -1,7 +1,7 @@
 """The runs of a directory, read from their files.
 
-Their content is foreign: a file may be a link to somewhere else, endless, no JSON, or hold numbers that JSON has not. Each
-is opened below the directory of its run without following links, and read up to a limit.
+Their content is foreign: a file may be a link to somewhere else, endless, no JSON, or hold numbers that JSON has not.
+Each is opened below the directory of its run without following links, and read up to a limit.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def launch_of(run_dir: Path) -> dict[str, Any]:
 
 
 def state_of(run_dir: Path) -> dict[str, Any]:
-    """state.json as it looks from here; between a start from the page and the trainer's first word, that of the start."""
+    """state.json as it looks from here; between a start from the page and the trainer's first word, pending."""
     state: dict[str, Any] = {"status": "unknown"}
     try:
         with open_inside(run_dir, "state.json") as file:  # a regular file, and no link to one of somebody else
@@ -240,7 +240,7 @@ def progress(run_dir: Path) -> dict[str, Any]:
     running = state["status"] in ("running", "pausing", "paused")
     started, updated = state.get("started_at"), state.get("updated_at")
     numbers = (started, updated) if isinstance(started, float) and isinstance(updated, float) else (0.0, 0.0)
-    return clean({
+    found = {
         "id": run_dir.name,
         "status": state["status"],
         "exit_reason": state.get("exit_reason"),
@@ -256,7 +256,8 @@ def progress(run_dir: Path) -> dict[str, Any]:
         "learning_rate": train.get("train/learning_rate"),
         "started_at": started,
         "updated_at": updated,
-    })  # fmt: skip
+    }
+    return {name: clean(value) for name, value in found.items()}
 
 
 def details(run_dir: Path) -> dict[str, Any]:
@@ -341,10 +342,8 @@ def command_of(values: dict[str, Any], processes: int) -> str:
     words = ["torchrun", "--standalone", f"--nproc_per_node={processes}", "train_full_sft.py"]
     with suppress(ConfigError):
         defaults, config = asdict(Config()), asdict(make_config(values))
-        given = {
-            n: v for n, v in config.items() if v is not None and (v != defaults[n] or n in ("data_path", "save_dir"))
-        }
-        words += as_flags(given)
+        always = ("data_path", "save_dir")
+        words += as_flags({n: v for n, v in config.items() if v is not None and (v != defaults[n] or n in always)})
     return shlex.join(words)
 
 

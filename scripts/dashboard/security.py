@@ -192,7 +192,7 @@ async def _read_body(receive: Receive) -> bytes:
         if len(body) > MAX_BODY_BYTES:
             raise ValueError
         if not message.get("more_body", False):
-            return body
+            return bytes(body)
 
 
 async def _refuse(send: Send, status: int, why: str) -> None:

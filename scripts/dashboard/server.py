@@ -42,9 +42,8 @@ def answer(value: Any, status: int = 200) -> JSONResponse:
 @cache
 def public_files() -> dict[str, tuple[bytes, str]]:
     """Path -> content and kind of what is answered without the token: the page, the charts, the table of flags."""
-    found = {
-        f"/{path.name}": (path.read_bytes(), KINDS[path.suffix]) for path in PAGE.iterdir() if path.suffix in KINDS
-    }
+    own = [path for path in PAGE.iterdir() if path.suffix in KINDS]
+    found = {f"/{path.name}": (path.read_bytes(), KINDS[path.suffix]) for path in own}
     found["/"] = found.pop("/index.html")
     package = find_spec("plotly")
     assert package is not None and package.origin is not None, "plotly is not installed"
@@ -133,8 +132,8 @@ def make_app(runs_dir: Path, launcher: Launcher = torchrun) -> FastAPI:
         run_dir = runs.find(run_id)
         since = request.query_params.get("since")
         if since is not None:
-            position = parse_position(since)
-            found = position and await asyncio.to_thread(read_since, run_dir, position, PAGE_RECORDS)
+            wanted = parse_position(since)
+            found = await asyncio.to_thread(read_since, run_dir, wanted, PAGE_RECORDS) if wanted else None
             if found:
                 return answer(found)
         history, position = await tails.history(run_dir)
