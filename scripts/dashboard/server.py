@@ -190,7 +190,7 @@ def make_app(runs_dir: Path, launcher: Launcher = torchrun) -> FastAPI:
             sender.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await sender
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, WebSocketDisconnect):
                 await websocket.close(1000)
 
     return app
