@@ -193,19 +193,19 @@ def all_steps(heard: list[dict[str, Any]], key: str = "train/loss") -> list[int]
 def train(flags: dict[str, str]) -> None:
     """Write what a trainer writes, a step each 20 ms, and obey its commands."""
     from training.control import ControlFile
-    from training.metrics import MetricsLog, read_records
+    from training.metrics import MetricsLog
 
     run_dir = Path(flags["save_dir"])
     config = run_dir / "config.yaml"
     if not config.exists():
         config.write_text("".join(f"{n}: {v}\n" for n, v in flags.items() if n != "config"))
+    flags = {**dict(line.split(": ", 1) for line in config.read_text().splitlines()), **flags}
     total = int(flags.get("max_steps", "60"))
     log, control = MetricsLog(run_dir / "metrics.jsonl"), ControlFile(run_dir / "control.json")
     first = 0
     if flags.get("from_resume") == "1":
         first = int(json.loads((run_dir / "checkpoint.json").read_text())["step"])
     log.start(first)
-    assert len(read_records(log.path)) >= 0
     paused, step, since = False, first, time.time()
 
     def say(status: str, **values: Any) -> None:
@@ -237,7 +237,7 @@ def train(flags: dict[str, str]) -> None:
         if step % 20 == 0:
             log.write("eval", step, **{"eval/loss": values["train/loss"] + 0.1})
             log.write("epoch", step, epoch=step // 20, train_loss=values["train/loss"])
-        if flags.get("run_name") == "crash" or (flags.get("seed") == "666" and step == 30):
+        if flags.get("seed") == "666" and step == 30:
             os.kill(os.getpid(), signal.SIGKILL)
         say("running")
     say("completed", exit_reason="all steps done")

@@ -1,4 +1,4 @@
-"""The dashboard's server: what it tells of a run, positions that survive everything, commands, and runs that it starts."""
+"""The dashboard's server: what it tells of a run, positions that survive, commands, and runs that it starts."""
 
 import json
 import os
@@ -267,7 +267,7 @@ def test_wrong_flags_are_told_by_their_names(tmp_path):
         assert list(place.post("/runs", crossed).json()["errors"]) == ["warmup_steps"]
         make_run(place.runs_dir, "taken", status="stopped")
         for name in (
-            "../outside", "a/b", "/tmp/elsewhere", ".hidden", "", "taken", "-x", "a\0b", "é", "x" * 65, "<img>", "..", ".",
+            "../outside", "a/b", "/tmp/elsewhere", ".hidden", "", "taken", "-x", "a\0b", "é", "x" * 65, "<img>", "..",
         ):  # fmt: skip
             answer = place.post("/runs", {"save_dir": f"{place.runs_dir}/{name}"})
             assert answer.status_code == 422 and "save_dir" in answer.json()["errors"], name
@@ -349,7 +349,7 @@ def test_a_client_that_does_not_read_is_dropped(place):
     for _ in range(follow.QUEUE_MESSAGES + 1):
         client.offer(text)
     assert client.dropped and client.queue.qsize() == follow.QUEUE_MESSAGES
-    with place.connect("slow", max_queue=1) as lazy, place.connect("slow") as keen:
+    with place.connect("slow", max_queue=1, close_timeout=0.2) as lazy, place.connect("slow") as keen:
         heard = []
         for batch in range(5):
             write_records(run, [record(3 + batch, note="y" * 1000)], "a")

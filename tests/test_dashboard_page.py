@@ -192,14 +192,13 @@ def test_bad_numbers_and_hostile_text_are_shown_as_what_they_are(browser, place)
     )
     write_state(run, "failed", exit_reason=evil, step=13)
     tab = Tab(browser, place)
-    tab.page.get_by_text(name).first.click()
+    tab.page.get_by_role("link", name=f"{name}, failed").click()
     tab.wait("window.__dashboard.drawn > 0")
     assert tab.page.get_by_test_id("card-loss").locator(".value").inner_text() == "not finite"
     assert tab.page.evaluate("window.__dashboard.series('train/loss').value.at(-1)") is None
     for title in ("Answers", "Data", "Config", "Log", "Report"):
         tab.page.get_by_role("tab", name=title).click()
         time.sleep(0.3)
-    assert tab.page.get_by_test_id("log").inner_text() or True
     assert evil in tab.page.locator("#panel-samples").text_content()
     assert evil in tab.page.locator("#panel-log").text_content()
     assert evil in tab.page.locator("#panel-report").text_content()
@@ -307,7 +306,9 @@ def test_controls_compare_marks_and_alerts(browser, place):
     page.get_by_role("button", name="Show all").wait_for()
     norm = "document.querySelector('[data-testid=chart-grad-norm] .plot')"
     tab.wait(f"{norm}.layout.xaxis.range?.[0] > 5 && {norm}.layout.xaxis.range[0] === {loss}.layout.xaxis.range[0]")
-    page.mouse.move(box["x"] + 300, box["y"] + 150)
+    for x in (300, 320, 340):
+        page.mouse.move(box["x"] + x, box["y"] + 150)
+        time.sleep(0.1)
     tab.wait(f"{norm}.querySelectorAll('.hoverlayer > *').length > 0")
     page.get_by_role("tab", name="Config").click()
     assert "torchrun --standalone" in page.get_by_test_id("command").inner_text()

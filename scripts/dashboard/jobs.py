@@ -38,6 +38,7 @@ from training.files import replace_json
 ROOT = Path(__file__).resolve().parent.parent.parent
 NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_PROCESSES = 64
+ENDING_SECONDS = 20.0
 FLAG = re.compile(r"--(\w+)")
 RESUMABLE = ("stopped", "crashed", "failed")
 
@@ -129,15 +130,25 @@ class Jobs:
             return None, {"save_dir": [f"--save_dir {save_dir}: is taken; choose another name, or --overwrite 1"]}
         return path, {}
 
+    def _wait_for(self, run_dir: Path, devices: str) -> None:
+        """Until the devices are free, which takes a moment after a run has said that it ended. Raises BusyError."""
+        deadline = time.monotonic() + ENDING_SECONDS
+        while True:
+            self.reap()
+            ending = False
+            for other in self.runs.all():
+                status, alive = state_of(other)["status"], launch_of(other).get("alive", False)
+                if (status in BUSY or alive) and (other == run_dir or devices_of(other) == devices):
+                    if status in BUSY or time.monotonic() > deadline:
+                        raise BusyError(f"{other.name} is {status} on the same devices ({devices}): stop it first")
+                    ending = True
+            if not ending:
+                return
+            time.sleep(0.1)
+
     def _launch(self, run_dir: Path, processes: int, flags: list[str], device: str) -> None:
         with self.lock:
-            self.reap()
-            devices = device_set(device)
-            for other in self.runs.all():
-                status = state_of(other)["status"]
-                taken = status in BUSY or launch_of(other).get("alive", False)
-                if taken and (other == run_dir or devices_of(other) == devices):
-                    raise BusyError(f"{other.name} is {status} on the same devices ({devices}): stop it first")
+            self._wait_for(run_dir, device_set(device))
             run_dir.mkdir(exist_ok=True)
             command = self.launcher(processes, flags)
             log_flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW

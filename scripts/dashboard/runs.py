@@ -269,6 +269,7 @@ def details(run_dir: Path) -> dict[str, Any]:
         "environment": read_json(run_dir, "environment.json"),
         "data_report": read_json(run_dir, "data_report.json"),
         "checkpoints": checkpoints(run_dir),
+        "has_config": _changed(run_dir / "config.yaml") > 0,
         "has_report": bool(report(run_dir)),
     }
 

@@ -127,7 +127,7 @@ export class Charts {
       xaxis: {
         ...axis, showgrid: false, title: { text: AXIS_NAMES[by], font: { size: 11, color: palette.text }, standoff: 6 },
         showspikes: true, spikemode: "across", spikethickness: 1, spikedash: "solid", spikecolor: palette.mark,
-        spikesnap: "cursor", hoverformat: by === "step" ? ",d" : ".4g",
+        spikesnap: "hovered data", hoverformat: by === "step" ? ",d" : ".4g", unifiedhovertitle: { text: `${AXIS_NAMES[by]} %{x}` },
         ...(this.range ? { range: this.range, autorange: false } : { autorange: true }),
       },
       yaxis: {

@@ -21,7 +21,7 @@ const CHARTS = [
   },
   { id: "learning-rate", title: "Learning rate", series: [{ name: "train/learning_rate", label: "learning rate", colour: 2 }], tick: "~e" },
   { id: "grad-norm", title: "Gradient norm", smooth: true, series: [{ name: "train/grad_norm", label: "before clipping", colour: 3 }] },
-  { id: "speed", title: "Tokens per second", smooth: true, format: short, series: [{ name: "train/tokens_per_second", label: "tokens/s", colour: 4 }] },
+  { id: "speed", title: "Tokens per second", smooth: true, format: short, tick: "~s", series: [{ name: "train/tokens_per_second", label: "tokens/s", colour: 4 }] },
   {
     id: "accuracy", title: "Token accuracy", smooth: true, format: percent, tick: ".0%",
     series: [{ name: "train/token_accuracy", label: "training" }, { name: "eval/token_accuracy", label: "held out", points: true }, { name: "eval/exact_match", label: "exact answers", points: true, colour: 5 }],
@@ -309,6 +309,7 @@ class RunView {
       this.cards.set(name, card);
       const later = CARDS.slice(CARDS.indexOf(name) + 1).map((each) => this.cards.get(each)?.box).find(Boolean);
       this.cardBox.insertBefore(card.box, later ?? null);
+      this.cardBox.className = `cards in-${Math.ceil(this.cards.size / Math.ceil(this.cards.size / 6))}`;
     }
     say(card.valueText, value);
     say(card.detailText, detail);
@@ -331,7 +332,10 @@ class RunView {
     this.card("speed", "Tokens/s", short(data.last("train/tokens_per_second")), isNumber(seconds) ? `${number(seconds, 3)} s a step` : "");
     if (isNumber(data.last("train/mfu"))) this.card("mfu", "MFU", percent(data.last("train/mfu")));
     const tokens = data.last("train/tokens");
-    if (isNumber(tokens)) this.card("tokens", "Tokens seen", short(tokens), `${short(data.last("train/supervised_tokens"))} supervised`);
+    if (isNumber(tokens)) {
+      const supervised = data.last("train/supervised_tokens");
+      this.card("tokens", "Tokens seen", short(tokens), isNumber(supervised) ? `${short(supervised)} supervised` : "");
+    }
     const gpu = [...data.series.keys()].filter((name) => /^system\/gpu\d+\/memory_used_gib$/.test(name)).map((name) => data.last(name)).filter(isNumber);
     const ram = data.last("system/ram_used_gib"), peak = data.epochs.at(-1)?.memory_usage;
     if (gpu.length) this.card("memory", "GPU memory", `${gpu.reduce((a, b) => a + b, 0).toFixed(1)} GiB`, gpu.length > 1 ? `${gpu.length} GPUs` : "");
@@ -411,7 +415,7 @@ class RunView {
       this.details = details;
       this.showMachine(system);
       this.showCards();
-      if (!this.config.values || all) {
+      if (details.has_config && (!this.config.values || all)) {
         this.config = await get(`${this.path}/config`).catch(() => ({}));
         say(this.commandText, this.config.command ?? "");
         say(this.yaml, this.config.yaml ?? "No configuration yet.");

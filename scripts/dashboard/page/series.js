@@ -109,7 +109,7 @@ export function smooth(values, weight) {
     if (!isNumber(value)) return null;
     mean = weight * mean + (1 - weight) * value;
     scale *= weight;
-    return mean / (1 - scale);
+    return Number((mean / (1 - scale)).toPrecision(12)); // or a constant would wobble
   });
 }
 
