@@ -108,7 +108,7 @@ class Gate:
                 message = {**message, "headers": [*own, *extra]}
             await send(message)
 
-        refusal = self._foreign(scope["headers"])
+        refusal = _too_long(scope) or self._foreign(scope["headers"])
         if not refusal and (private or scope["method"] not in ("GET", "HEAD")):
             refusal = self._unknown(_values(scope["headers"], b"authorization"))
         if not refusal and scope["method"] in ("TRACE", "CONNECT"):
@@ -139,7 +139,7 @@ class Gate:
     async def _websocket(self, scope: Any, receive: Receive, send: Send) -> None:
         offered = [name.encode("latin-1", "replace") for name in scope.get("subprotocols", [])]
         bearers = [b"Bearer " + name.removeprefix(b"bearer.") for name in offered if name.startswith(b"bearer.")]
-        refusal = self._foreign(scope["headers"]) or self._unknown(bearers)
+        refusal = _too_long(scope) or self._foreign(scope["headers"]) or self._unknown(bearers)
         if refusal:
             await receive()  # websocket.connect
             await send({"type": "websocket.close", "code": 4403})  # before it is accepted: an answer 403
@@ -168,6 +168,12 @@ class Gate:
 
 def _values(headers: list[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
     return [value for key, value in headers if key.lower() == name]
+
+
+def _too_long(scope: Any) -> tuple[int, str] | None:
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in scope["headers"])
+    return (431, f"a request has at most {MAX_HEADER_BYTES} bytes before its body") if size > MAX_HEADER_BYTES else None
 
 
 def _bad_body(method: str, headers: list[tuple[bytes, bytes]]) -> tuple[int, str] | None:
