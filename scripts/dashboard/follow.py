@@ -233,6 +233,7 @@ class Tail:
         self.used_at = time.monotonic()
         self.lock = asyncio.Lock()  # held while reading, so that who joins finds position and history in step
         self.ready = False
+        self.early: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self.state: dict[str, Any] = {}
         self._begin_again()
 
@@ -248,6 +249,7 @@ class Tail:
         """Until nobody has looked for a while."""
         looked = pinged = 0.0
         try:
+            self.early.set_result(await asyncio.to_thread(self.first_look))
             while self.clients or time.monotonic() - self.used_at < IDLE_SECONDS:
                 now = time.monotonic()
                 async with self.lock:
@@ -261,6 +263,7 @@ class Tail:
                     self.tell(message("ping", self.position))
                 await asyncio.sleep(POLL_SECONDS)
         finally:
+            self.early.cancel()
             for client in self.clients:
                 client.drop()
 
@@ -317,7 +320,7 @@ class Tail:
         """All that a client with this position is to be told, without end or until it falls behind."""
         client = Client()
         try:
-            if since is None and not self.ready and (early := await asyncio.to_thread(self.first_look)):
+            if since is None and not self.ready and (early := await asyncio.shield(self.early)):
                 yield early
             while not self.ready:
                 await asyncio.sleep(0.02)

@@ -6,7 +6,6 @@ who was started, for this server and the ones after it.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess

@@ -80,7 +80,9 @@ def make_app(runs_dir: Path, launcher: Launcher = torchrun) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         sweeper = asyncio.create_task(_sweep(jobs))
+        packing = asyncio.create_task(asyncio.to_thread(lambda: [packed(path) for path in public_files()]))
         yield
+        await packing
         for task in (sweeper, *(task for _, task in tails.tails.values())):
             task.cancel()
 

@@ -1,6 +1,7 @@
 // All runs: status, curve, progress, last loss.
 
 import { get, runPath } from "./api.js";
+import { loadPlotly } from "./charts.js";
 import { h, put, say, svg } from "./dom.js";
 import { ago, count, duration, number, percent } from "./format.js";
 
@@ -99,7 +100,7 @@ export function showRuns(main) {
     }
     if (!gone) timer = setTimeout(refresh, document.hidden ? 4 * EVERY_MS : EVERY_MS);
   }
-  refresh();
+  refresh().then(() => loadPlotly()).catch(() => {}); // a run that is opened next finds the charts there
   return () => {
     gone = true;
     clearTimeout(timer);
