@@ -279,7 +279,7 @@ def test_controls_compare_marks_and_alerts(browser, place):
     tab = Tab(browser, place, "#/run/rich")
     tab.wait("window.__dashboard.drawn > 0")
     page, loss = tab.page, "document.querySelector('[data-testid=chart-loss] .plot')"
-    assert "look there" in page.locator(".alerts").inner_text()
+    page.locator(".alerts").get_by_text("look there").wait_for()
     assert len(page.evaluate(f"{loss}.layout.shapes")) == 4
     assert "2.5 at step 40" in page.get_by_test_id("card-eval").inner_text().replace("2.500", "2.5")
     raw, smoothed = page.evaluate(f"{loss}.data.slice(0, 2).map((t) => t.y)")

@@ -46,31 +46,51 @@ export class Charts {
         { class: `chart panel${spec.wide ? " wide" : ""}`, "data-testid": `chart-${spec.id}`, hidden: true },
         h("figcaption", {}, h("span", {}, spec.title), note), plot,
       );
-      this.figures.set(spec.id, { spec, box, plot, note, drawn: false });
+      this.figures.set(spec.id, { spec, box, plot, note, drawn: false, near: false, waits: null });
       this.element.append(box);
     }
+    // Only what is on the screen, or nearly, is drawn; the rest when it gets there.
+    this.watcher = new IntersectionObserver((entries) => {
+      for (const entry of entries) {
+        const figure = [...this.figures.values()].find((each) => each.box === entry.target);
+        figure.near = entry.isIntersecting;
+        if (figure.near && figure.waits) this.render(figure);
+      }
+    }, { rootMargin: "500px 0px" });
+    for (const { box } of this.figures.values()) this.watcher.observe(box);
   }
 
   async draw(data, other, otherName) {
-    const plotly = await loadPlotly();
-    if (this.gone) return;
+    this.plotly = await loadPlotly();
     const palette = colours();
-    const all = [...this.figures.values()];
-    for (const figure of all) {
-      const traces = this.traces(figure.spec, data, other, otherName, palette);
-      figure.box.hidden = traces.length === 0;
-      if (!traces.length) continue;
+    for (const figure of this.figures.values()) {
+      if (this.gone) return;
+      const there = [data, other].some((each) => each && figure.spec.series.some(({ name }) => each.series.get(name)?.value.some(isNumber)));
+      figure.box.hidden = !there;
+      if (!there) continue;
       const main = figure.spec.series.map((each) => data.lastFinite(each.name)).find(isNumber);
       figure.note.textContent = isNumber(main) ? (figure.spec.format ?? number)(main) : "";
       figure.plot.setAttribute("role", "img");
       figure.plot.setAttribute("aria-label", `${figure.spec.title}, last value ${figure.note.textContent || "none"}`);
-      const layout = this.layout(figure.spec, data, palette, traces);
-      const config = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false };
-      plotly.react(figure.plot, traces, layout, config);
-      if (!figure.drawn) {
-        figure.drawn = true;
-        this.listen(plotly, figure);
+      figure.waits = () => {
+        const traces = this.traces(figure.spec, data, other, otherName, palette);
+        return [traces, this.layout(figure.spec, data, palette, traces)];
+      };
+      if (figure.near || figure.spec.wide) {
+        this.render(figure);
+        this.ondrawn?.();
+        await new Promise((resolve) => setTimeout(resolve)); // the browser shows it before the next one
       }
+    }
+  }
+
+  render(figure) {
+    const config = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false };
+    this.plotly.react(figure.plot, ...figure.waits(), config);
+    figure.waits = null;
+    if (!figure.drawn) {
+      figure.drawn = true;
+      this.listen(this.plotly, figure);
     }
   }
 
@@ -210,6 +230,7 @@ export class Charts {
 
   remove() {
     this.gone = true;
+    this.watcher.disconnect();
     for (const { plot, drawn } of this.figures.values()) if (drawn) (window.Plotly || window.moduleName).purge(plot);
   }
 }

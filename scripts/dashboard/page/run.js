@@ -174,6 +174,9 @@ class RunView {
     window.__dashboard.series = (name) => this.data.series.get(name) ?? null;
     window.__dashboard.data = this.data;
     window.__dashboard.drawn = 0;
+    this.charts.ondrawn = () => {
+      window.__dashboard.drawn += 1;
+    };
     this.link = new Link(this.id, {
       message: (message) => this.hear(message),
       status: (status) => {
@@ -245,7 +248,6 @@ class RunView {
       this.drawnAt = performance.now();
       this.drawing = null;
       if (this.gone) return;
-      if (this.data.series.size && !this.stale) window.__dashboard.drawn += 1;
       if (this.stale) this.draw();
     }, wait);
   }
