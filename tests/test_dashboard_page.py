@@ -306,10 +306,12 @@ def test_controls_compare_marks_and_alerts(browser, place):
     page.get_by_role("button", name="Show all").wait_for()
     norm = "document.querySelector('[data-testid=chart-grad-norm] .plot')"
     tab.wait(f"{norm}.layout.xaxis.range?.[0] > 5 && {norm}.layout.xaxis.range[0] === {loss}.layout.xaxis.range[0]")
-    for x in (300, 320, 340):
+    for x in range(300, 500):  # a chart that is just being drawn shows no cursor
         page.mouse.move(box["x"] + x, box["y"] + 150)
         time.sleep(0.1)
-    tab.wait(f"{norm}.querySelectorAll('.hoverlayer > *').length > 0")
+        if shown := page.evaluate(f"{norm}.querySelectorAll('.hoverlayer > *').length"):
+            break
+    assert shown
     page.get_by_role("tab", name="Config").click()
     assert "torchrun --standalone" in page.get_by_test_id("command").inner_text()
     tab.close()
