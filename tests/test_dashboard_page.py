@@ -276,7 +276,7 @@ def test_controls_compare_marks_and_alerts(browser, place):
         "advice": "look there",
     }
     (run / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
-    tab = Tab(browser, place, "#/run/rich")
+    tab = Tab(browser, place, "#/run/rich", viewport={"width": 1280, "height": 1400})
     tab.wait("window.__dashboard.drawn > 0")
     page, loss = tab.page, "document.querySelector('[data-testid=chart-loss] .plot')"
     page.locator(".alerts").get_by_text("look there").wait_for()
