@@ -419,7 +419,7 @@ class RunView {
       this.showCards();
       if (details.has_config && (!this.config.values || all)) {
         this.config = await get(`${this.path}/config`).catch(() => ({}));
-        say(this.commandText, this.config.command ?? "");
+        put(this.commandText, (this.config.command ?? "").split(" ").flatMap((word) => [h("span", {}, word), " "]));
         say(this.yaml, this.config.yaml ?? "No configuration yet.");
         this.copy.hidden = !this.config.command;
       }
