@@ -347,10 +347,22 @@ class RunView {
     this.card("checkpoint", "Last checkpoint", saved ? `step ${count(saved.step)}` : "none yet", saved ? ago(saved.time) : "");
     const patience = this.config.values?.early_stopping_patience;
     if (isNumber(patience)) {
-      const evals = data.series.get("eval/loss");
-      const waited = evals && best ? evals.step.filter((step) => step > best.step).length : 0;
+      const waited = this.evaluationsWithoutGain();
       this.card("early-stop", "Early stopping", `${waited} / ${patience}`, "evaluations without gain");
     }
+  }
+
+  /** As the trainer counts them: a gain is a change by more than --early_stopping_min_delta. */
+  evaluationsWithoutGain() {
+    const { monitor_metric: metric, monitor_mode: mode, early_stopping_min_delta: delta } = this.config.values;
+    const evals = this.data.series.get(metric);
+    let best = null, waited = 0;
+    for (const value of evals?.value ?? []) {
+      const gained = isNumber(value) && (best === null || (mode === "max" ? value > best + delta : value < best - delta));
+      if (gained) [best, waited] = [value, 0];
+      else waited += 1;
+    }
+    return waited;
   }
 
   showAlerts() {
