@@ -78,6 +78,7 @@ from trainer_utils import (
     start_processes,
     unwrap,
 )
+from training.alerts import AlertBook
 from training.checkpoints import (
     CheckpointError,
     CheckpointStore,
@@ -502,7 +503,9 @@ def run_job(
         write_rejects(save_dir / "rejects.jsonl", data.rejects)
         write_descriptions(save_dir, resolved, data.report, device_name, world_size, torch.get_num_threads())
     body, head = model.parameter_counts()
-    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), peak_flops(device_name, world_size))
+    alerts = AlertBook(save_dir / "alerts.jsonl", config.grad_clip, stops=config.on_alert == "stop")
+    peak = peak_flops(device_name, world_size)
+    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), peak, alerts)
     if processes.is_main and config.reports_to_wandb:
         wandb = partial(WandbSink, config.wandb_project, constants["wandb_id"], save_dir, asdict(resolved))
         records.metrics.follow(wandb)
@@ -539,7 +542,7 @@ def run_job(
     with records.running(state, plan), SignalFlags() as signals:
         control = ControlFile(save_dir / "control.json") if processes.is_main else None
         stop_at = config.max_hours and started + 3600 * config.max_hours
-        wishes = Wishes(signals, control, stop_at, goal_reached=lambda: policies.stopped)
+        wishes = Wishes(signals, control, stop_at, lambda: policies.stopped, alerts.wants_stop)
         with watchdog:
             try:
                 if config.eval_at_start and state.step == 0:

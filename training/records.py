@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from training.alerts import AlertBook
+from training.control import ALERT
 from training.metrics import MetricsLog, read_records, strict
 from training.plan import Plan
 from training.state import LoopState
@@ -147,11 +149,20 @@ class Progress:
 class RunRecords:
     """The one place that the loop reports to; every method may be called on every rank and acts on rank 0."""
 
-    def __init__(self, save_dir: Path, is_main: bool, flops_per_token: tuple[float, float], peak_flops: float | None):
+    def __init__(
+        self,
+        save_dir: Path,
+        is_main: bool,
+        flops_per_token: tuple[float, float],
+        peak_flops: float | None,
+        alerts: AlertBook,
+    ):
         """`flops_per_token`: of an input token, of a supervised token; `peak_flops`: of all devices, per second."""
         self.is_main = is_main
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.metrics = MetricsLog(save_dir / "metrics.jsonl")
+        self.alerts = alerts
+        self.metrics.follow(lambda: alerts)
         self.state_file = StateFile(save_dir / "state.json")
         self.progress: Progress | None = None
         self.last_eval: dict[str, float] = {}
@@ -168,6 +179,9 @@ class RunRecords:
                 self.last_eval = {key: value for key, value in last.items() if key.startswith("eval/")}
                 self._last_eval_step = last["step"]
             self.progress = Progress(plan.total_steps, state.step)
+            self.alerts.start(
+                self.metrics.path, state.step, not state.unfinished, plan.total_steps, self.progress.line
+            )  # fmt: skip
             self._position = lambda: {  # asked for whenever something is said, so that it is never an old one
                 "step": state.step, "total_steps": plan.total_steps, "epoch": state.epoch,
                 "stage": plan.stage_of(min(state.epoch, plan.epochs - 1)),
@@ -253,6 +267,8 @@ class RunRecords:
         return self.last_eval if step == self._last_eval_step else {}
 
     def close(self, status: str, exit_reason: str | None = None) -> None:
+        if exit_reason == ALERT and self.alerts.stopping_for:
+            exit_reason = f"{ALERT}: {self.alerts.stopping_for}"
         self.status(status, exit_reason)
         if self.is_main:
             self.metrics.close()
