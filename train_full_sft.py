@@ -78,7 +78,6 @@ from trainer_utils import (
     start_processes,
     unwrap,
 )
-from training.alerts import AlertBook
 from training.checkpoints import (
     CheckpointError,
     CheckpointStore,
@@ -88,12 +87,13 @@ from training.checkpoints import (
     read_trainer_state,
     verify,
 )
-from training.control import EARLY, PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
+from training.control import EARLY, LOST_PEER, PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
 from training.ema import Ema
 from training.environment import write_descriptions
 from training.identity import identity_of
 from training.meeting import meet
 from training.metrics import WandbSink
+from training.observe import duration
 from training.optimizers import make_optimizer
 from training.plan import Plan, describe_stages, make_plan, micro_batches_per_step, resolve, rows_per_step
 from training.policies import Policies
@@ -107,7 +107,8 @@ from training.process import (
     to_device,
     use_deterministic_kernels,
 )
-from training.records import Meter, RunRecords, StateFile, duration, peak_flops
+from training.records import Meter, RunRecords, StateFile, peak_flops
+from training.report import reported
 from training.stages import Stage, read_stages, weighs
 from training.start import Start, begin, decide_start, has_begun, refuse_changes
 from training.state import LoopState, NonFiniteError
@@ -123,7 +124,6 @@ Weights = dict[str, float]
 REFUSED = dict.fromkeys((UnsafeDataError, UnsafeModelError, UnsafeCheckpointError), 77)  # first: each is one of these
 EXIT_CODES = {**REFUSED, DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
 EXIT_BUG, EXIT_PREEMPTED = 70, 75
-LOST_PEER = "another process of the job is gone, see its message"
 
 
 @dataclass
@@ -348,14 +348,15 @@ def run(
     start = decide_start(save_dir, config.from_resume, config.overwrite, has_begun(save_dir))
     if lock:
         StateFile(save_dir / "state.json").say("pending", start.clears)
-    try:
-        return run_job(config, start, objective, extra_identity or {})
-    except Exception as error:
-        if lock:
-            reason = LOST_PEER if is_lost_peer(error) else f"{type(error).__name__}: {error}"
-            ended = {"exit_reason": reason, "exit_code": exit_code_of(error)}
-            StateFile(save_dir / "state.json").say("failed", start.clears, **ended)
-        raise
+    with reported(save_dir, wanted=bool(lock) and config.report):
+        try:
+            return run_job(config, start, objective, extra_identity or {})
+        except Exception as error:
+            if lock:
+                reason = LOST_PEER if is_lost_peer(error) else f"{type(error).__name__}: {error}"
+                ended = {"exit_reason": reason, "exit_code": exit_code_of(error)}
+                StateFile(save_dir / "state.json").say("failed", start.clears, **ended)
+            raise
 
 
 def run_job(
@@ -503,9 +504,8 @@ def run_job(
         write_rejects(save_dir / "rejects.jsonl", data.rejects)
         write_descriptions(save_dir, resolved, data.report, device_name, world_size, torch.get_num_threads())
     body, head = model.parameter_counts()
-    alerts = AlertBook(save_dir / "alerts.jsonl", config.grad_clip, stops=config.on_alert == "stop")
     peak = peak_flops(device_name, world_size)
-    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), peak, alerts)
+    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), peak, config)
     if processes.is_main and config.reports_to_wandb:
         wandb = partial(WandbSink, config.wandb_project, constants["wandb_id"], save_dir, asdict(resolved))
         records.metrics.follow(wandb)
@@ -542,7 +542,7 @@ def run_job(
     with records.running(state, plan), SignalFlags() as signals:
         control = ControlFile(save_dir / "control.json") if processes.is_main else None
         stop_at = config.max_hours and started + 3600 * config.max_hours
-        wishes = Wishes(signals, control, stop_at, lambda: policies.stopped, alerts.wants_stop)
+        wishes = Wishes(signals, control, stop_at, lambda: policies.stopped, records.alerts.wants_stop)
         with watchdog:
             try:
                 if config.eval_at_start and state.step == 0:

@@ -26,6 +26,7 @@ PAUSE_SECONDS = 0.5  # between two looks of a paused run
 # restarts what has failed must see no failure. After the last of them the run is complete.
 PREEMPTED = "SIGTERM or SIGHUP"
 INTERRUPTED, LATE = "Ctrl-C", "--max_hours"
+LOST_PEER = "another process of the job is gone, see its message"  # why a run has failed, if not by itself
 ALERT, EARLY = "--on_alert stop", "early stopping"
 STOP_REASONS = (INTERRUPTED, "a stop command", PREEMPTED, LATE, ALERT, EARLY)
 

@@ -43,13 +43,13 @@ class Alert:
 
 def smoothed(values: Array, span: int = 10) -> Array:
     """Exponential moving average over about `span` values, free of the pull of its start; gaps keep the last mean."""
-    decay, mean, weight = 1.0 - 2.0 / (span + 1), 0.0, 0.0
-    means = np.empty(len(values))
-    for i, value in enumerate(values.tolist()):
-        if math.isfinite(value):
-            mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        means[i] = mean / weight if weight else math.nan
-    return means
+    if not len(values):
+        return values
+    kernel = (1.0 - 2.0 / (span + 1)) ** np.arange(min(len(values), 20 * span))
+    known = np.isfinite(values)
+    weights = np.convolve(known.astype(np.float64), kernel)[: len(values)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.convolve(np.where(known, values, 0.0), kernel)[: len(values)] / weights
 
 
 def theil_sen(x: Array, y: Array) -> tuple[float, float, float]:
@@ -140,10 +140,18 @@ def is_decayed(rates: Array) -> bool:
     return not len(known) or known[-1] < DECAYED * known.max() or known[-1] > 1.1 * known[len(known) // 2]
 
 
+def has_moved(first: float, now: float, share: float = 0.05) -> bool:
+    """Whether a loss is no longer where the run began, on whichever side of it."""
+    return abs(now / first - 1.0) > share if first > 0.0 else True
+
+
 def stagnation(
-    steps: Array, losses: Array, rates: Array, least: int = 60, most: int = 200, gain: float = 0.05
+    steps: Array, losses: Array, rates: Array, first: float, least: int = 60, most: int = 200, gain: float = 0.05
 ) -> Alert | None:
-    """No trend in the newest third of the curve, and even the best that the noise allows would gain next to nothing."""
+    """No trend in the newest third of the curve, and even the best that the noise allows would gain next to nothing.
+
+    `first`: the loss that the curve began with, which tells a run that got stuck from one that never got going.
+    """
     window = min(most, max(least, len(losses) // 3))
     x, y = steps[-window:], losses[-window:]
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
@@ -156,14 +164,20 @@ def stagnation(
     span = float(x[-1] - x[0])
     if not low <= 0.0 <= high or -low * span > gain * level:
         return None
+    moved = has_moved(first, level)
     return Alert(
         WARNING, "stagnation", int(steps[-1]),
         {"slope_per_1000_steps": 1000 * slope, "low": 1000 * low, "high": 1000 * high, "window_records": len(y),
          "loss": level},
         f"no trend in the training loss of {len(y)} records (steps {int(x[0])} to {int(x[-1])}): the slope per 1000 "
         f"steps is {1000 * slope:+.3g}, 95 % interval {1000 * low:+.3g} to {1000 * high:+.3g}, at a loss of "
-        f"{level:.4g}. Let the learning rate fall now (--lr_schedule cosine or wsd, --lr_adapt plateau), change "
-        "--learning_rate, or end the run (--early_stopping_patience); with new weights, a larger --hidden_size",
+        f"{level:.4g}{' after ' + format(first, '.4g') + ' at first' if moved else ', as at first'}. "
+        + (
+            "Let the learning rate fall now (--lr_schedule cosine or wsd, --lr_adapt plateau), change --learning_rate, "
+            "or end the run (--early_stopping_patience); with new weights, take a larger --hidden_size"
+            if moved
+            else "Raise --learning_rate ten times, and see what is trained: python -m scripts.inspect_data"
+        ),
     )  # fmt: skip
 
 
@@ -196,8 +210,8 @@ def overfitting(
 
 
 def lr_too_high(
-    steps: Array, norms: Array, losses: Array, rates: Array, clip: float, window: int = 80, share: float = 0.9,
-    fall: float = 0.02,
+    steps: Array, norms: Array, losses: Array, rates: Array, clip: float, first: float, window: int = 80,
+    share: float = 0.9, fall: float = 0.02,
 ) -> Alert | None:  # fmt: skip
     """Nearly every step is clipped, by a lot, and the loss falls by less than this share of itself in the window."""
     x, y, n = steps[-window:], losses[-window:], norms[-window:]
@@ -208,6 +222,8 @@ def lr_too_high(
     if clipped < share or median < 2 * clip:
         return None
     slope, _, high = theil_sen(x, y)
+    if not has_moved(first, float(np.median(y))):
+        return None  # that is no instability
     if high < 0.0 or -slope * float(x[-1] - x[0]) > fall * float(np.median(y)):
         return None
     return Alert(
@@ -382,7 +398,9 @@ class History:
         yield throughput_drop(steps, new["train/tokens_per_second"], times)
         yield nothing_to_train(steps, new["train/tokens"], new["train/supervised_tokens"])
         if count % EVERY == 0:
-            yield stagnation(steps, losses, rates)
-            yield lr_too_high(steps, new["train/grad_norm"], losses, rates, self.grad_clip)
+            begin = [loss for loss in self.columns["train"]["train/loss"][:EVERY] if math.isfinite(loss)]
+            first = float(np.median(begin)) if begin else math.nan
+            yield stagnation(steps, losses, rates, first)
+            yield lr_too_high(steps, new["train/grad_norm"], losses, rates, self.grad_clip, first)
             if count <= RECENT:
                 yield lr_too_low(steps, losses, rates, self.total_steps)

@@ -98,3 +98,13 @@ def read_history(run_dir: Path | str, kind: str = "train") -> dict[str, list[Any
     records = [r for r in read_records(Path(run_dir) / "metrics.jsonl") if r["kind"] == kind]
     names = dict.fromkeys(name for record in records for name in record)
     return {name: [record.get(name) for record in records] for name in names if name != "kind"}
+
+
+def duration(seconds: float) -> str:
+    """A span of time as a person writes it: 45s, 3m20s, 2h05m."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

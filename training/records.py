@@ -11,13 +11,17 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from training.alerts import AlertBook
+from training.config import Config
 from training.control import ALERT
 from training.metrics import MetricsLog, read_records, strict
+from training.observe import duration
 from training.plan import Plan
+from training.report import ReportEvery
 from training.state import LoopState
 
 logger = logging.getLogger("train")
@@ -111,16 +115,6 @@ class Meter:
         }
 
 
-def duration(seconds: float) -> str:
-    """A span of time as a person writes it: 45s, 3m20s, 2h05m."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
 class Progress:
     """A bar on a terminal, plain lines elsewhere."""
 
@@ -150,19 +144,17 @@ class RunRecords:
     """The one place that the loop reports to; every method may be called on every rank and acts on rank 0."""
 
     def __init__(
-        self,
-        save_dir: Path,
-        is_main: bool,
-        flops_per_token: tuple[float, float],
-        peak_flops: float | None,
-        alerts: AlertBook,
-    ):
+        self, save_dir: Path, is_main: bool, flops_per_token: tuple[float, float], peak_flops: float | None,
+        config: Config,
+    ):  # fmt: skip
         """`flops_per_token`: of an input token, of a supervised token; `peak_flops`: of all devices, per second."""
         self.is_main = is_main
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.metrics = MetricsLog(save_dir / "metrics.jsonl")
-        self.alerts = alerts
-        self.metrics.follow(lambda: alerts)
+        self.alerts = AlertBook(save_dir / "alerts.jsonl", config.grad_clip, stops=config.on_alert == "stop")
+        self.metrics.follow(lambda: self.alerts)
+        if is_main and config.plot_interval:
+            self.metrics.follow(partial(ReportEvery, save_dir, config.plot_interval))
         self.state_file = StateFile(save_dir / "state.json")
         self.progress: Progress | None = None
         self.last_eval: dict[str, float] = {}
