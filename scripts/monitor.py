@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -216,7 +217,8 @@ class View:
         lines = [] if self.alerts else ["no alerts"]
         for alert in self.alerts[-ALERTS_SHOWN:]:
             colour = RED if alert.get("level") == ERROR else YELLOW
-            lines.append(colour + alert_text(alert)[: 3 * width] + PLAIN)
+            wrapped = textwrap.wrap(alert_text(alert), width, max_lines=3, placeholder=" …")
+            lines += [colour + line + PLAIN for line in wrapped]
         return lines
 
 

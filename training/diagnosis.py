@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 LEVELS = INFO, WARNING, ERROR = ("info", "warning", "error")
-CONFIDENCE = 1.96  # normal quantile of a two-sided interval of 95 %
+Z_95, Z_99 = 1.960, 2.576  # normal quantiles of two-sided intervals
 RECENT = 400  # newest records that any rule looks at
 EVERY = 10  # records from one look of the rules on trends to their next, which cost the most
 DECAYED = 0.3  # share of its peak under which the learning rate itself ends the progress
@@ -52,7 +52,7 @@ def smoothed(values: Array, span: int = 10) -> Array:
         return np.convolve(np.where(known, values, 0.0), kernel)[: len(values)] / weights
 
 
-def theil_sen(x: Array, y: Array) -> tuple[float, float, float]:
+def theil_sen(x: Array, y: Array, z: float = Z_95) -> tuple[float, float, float]:
     """The median slope between all pairs of points and its confidence interval (Theil 1950, Sen 1968).
 
     A few outliers do not move it, and nothing is assumed of the noise.
@@ -60,7 +60,7 @@ def theil_sen(x: Array, y: Array) -> tuple[float, float, float]:
     first, second = np.triu_indices(len(x), k=1)
     slopes = np.sort((y[second] - y[first]) / (x[second] - x[first]))
     count, n = len(slopes), len(x)
-    reach = CONFIDENCE * math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
+    reach = z * math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
     low, high = math.floor((count - reach) / 2), math.ceil((count + reach) / 2)
     return float(np.median(slopes)), float(slopes[max(low, 0)]), float(slopes[min(high, count - 1)])
 
@@ -146,13 +146,13 @@ def has_moved(first: float, now: float, share: float = 0.05) -> bool:
 
 
 def stagnation(
-    steps: Array, losses: Array, rates: Array, first: float, least: int = 60, most: int = 200, gain: float = 0.05
+    steps: Array, losses: Array, rates: Array, first: float, least: int = 100, most: int = 300, gain: float = 0.03
 ) -> Alert | None:
-    """No trend in the newest third of the curve, and even the best that the noise allows would gain next to nothing.
+    """No trend in the newest half of the curve, and even the best that the noise allows would gain next to nothing.
 
     `first`: the loss that the curve began with, which tells a run that got stuck from one that never got going.
     """
-    window = min(most, max(least, len(losses) // 3))
+    window = min(most, max(least, len(losses) // 2))
     x, y = steps[-window:], losses[-window:]
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if len(y) < least or is_decayed(rates[-window:]) or rates[-1] < DECAYED * np.nanmax(rates):
@@ -160,7 +160,7 @@ def stagnation(
     level = float(np.median(y))
     if level < 0.05:  # nats: nothing is left to learn
         return None
-    slope, low, high = theil_sen(x, y)
+    slope, low, high = theil_sen(x, y, Z_99)
     span = float(x[-1] - x[0])
     if not low <= 0.0 <= high or -low * span > gain * level:
         return None
@@ -170,7 +170,7 @@ def stagnation(
         {"slope_per_1000_steps": 1000 * slope, "low": 1000 * low, "high": 1000 * high, "window_records": len(y),
          "loss": level},
         f"no trend in the training loss of {len(y)} records (steps {int(x[0])} to {int(x[-1])}): the slope per 1000 "
-        f"steps is {1000 * slope:+.3g}, 95 % interval {1000 * low:+.3g} to {1000 * high:+.3g}, at a loss of "
+        f"steps is {1000 * slope:+.3g}, 99 % interval {1000 * low:+.3g} to {1000 * high:+.3g}, at a loss of "
         f"{level:.4g}{' after ' + format(first, '.4g') + ' at first' if moved else ', as at first'}. "
         + (
             "Let the learning rate fall now (--lr_schedule cosine or wsd, --lr_adapt plateau), change --learning_rate, "
@@ -219,12 +219,13 @@ def lr_too_high(
     if not clip or len(y) < window or len(n) < window or is_decayed(rates[-window:]):
         return None
     clipped, median = float(np.mean(n > clip)), float(np.median(n))
-    if clipped < share or median < 2 * clip:
+    level = float(np.median(y))
+    is_worse = level > 1.1 * float(np.nanmin(smoothed(losses)))
+    # Small batches are clipped all the time, and a loss that has not moved is no sign of steps that are too large.
+    if clipped < share or median < (2 if is_worse else 5) * clip or not has_moved(first, level):
         return None
     slope, _, high = theil_sen(x, y)
-    if not has_moved(first, float(np.median(y))):
-        return None  # that is no instability
-    if high < 0.0 or -slope * float(x[-1] - x[0]) > fall * float(np.median(y)):
+    if high < 0.0 or -slope * float(x[-1] - x[0]) > fall * level:
         return None
     return Alert(
         WARNING, "lr_too_high", int(steps[-1]),
