@@ -122,7 +122,8 @@ def test_a_loss_that_explodes_is_divergence():
 
 
 def test_an_explosion_at_the_start_is_found_within_ten_records():
-    assert alerts_of(made([9.0, 9.1, *[300.0] * 9]), 100)[0].rule == "divergence"
+    assert alerts_of(made([9.0, 9.1, *[19.0] * 9]), 100)[0].rule == "divergence"
+    assert alerts_of(made([9.0, 9.1, 5000.0, 9.0, 9.0]), 100)[0].step == 3, "what no data explains, at once"
 
 
 def test_one_bad_batch_is_a_spike_and_no_divergence():

@@ -100,21 +100,28 @@ def non_finite_gradient(steps: Array, window_steps: int = 1000) -> Alert | None:
 
 
 def divergence(
-    steps: Array, losses: Array, times: float = 1.5, at_least: float = 0.3, records: int = 5
+    steps: Array, losses: Array, times: float = 1.5, at_least: float = 0.3, records: int = 5, beyond: float = 30.0
 ) -> Alert | None:
-    """The smoothed loss stood above `times` its best for so many records."""
-    if len(losses) <= records:
+    """The smoothed loss, and most losses themselves, stood above `times` the best smoothed one for so many records.
+
+    Or the newest loss alone is ten times the best and so large (nats) as no data makes it.
+    """
+    if len(losses) < 2 or not math.isfinite(losses[-1]):
         return None
     means = smoothed(losses)
-    best = np.fmin.accumulate(means)
-    if not np.all(means[-records:] > times * best[-records:] + at_least):
+    best = float(np.fmin.accumulate(means)[-2])
+    limit, recent = times * best + at_least, losses[-records:]
+    stood = len(losses) > records and np.all(means[-records:] > limit) and np.nanmedian(recent) > limit
+    if not stood and not losses[-1] > max(10 * best, beyond):
         return None
-    numbers = {"best": float(best[-1]), "now": float(means[-1]), "times": float(means[-1] / best[-1])}
+    now = float(means[-1]) if stood else float(losses[-1])
+    seen = f"has stood above {times:g} times that for {records} records, now" if stood else "is now"
     return Alert(
-        ERROR, "divergence", int(steps[-1]), {**numbers, "records": records},
-        f"the smoothed training loss was at {best[-1]:.4g} and has stood above {times:g} times that for {records} "
-        f"records, now {means[-1]:.4g}: lower --learning_rate (a third is a start), lengthen --warmup_ratio, keep "
-        "--grad_clip 1, and go on from a checkpoint before the rise with --from_resume PATH --allow_change schedule",
+        ERROR, "divergence", int(steps[-1]),
+        {"best": best, "now": now, "times": now / best if best else math.inf, "records": records if stood else 1},
+        f"the smoothed training loss was at {best:.4g} and {seen} {now:.4g}: lower --learning_rate (a third is a "
+        "start), lengthen --warmup_ratio, keep --grad_clip 1, and go on from a checkpoint before the rise with "
+        "--from_resume PATH --allow_change schedule",
     )  # fmt: skip
 
 
@@ -322,7 +329,7 @@ def nothing_to_train(
         return None
     first = max(0, len(tokens) - 1 - window)
     seen, trained = tokens[-1] - tokens[first], supervised[-1] - supervised[first]
-    if not seen or trained >= share * seen or (trained and len(tokens) <= window):
+    if not trained < share * seen or (trained and len(tokens) <= window):
         return None
     return Alert(
         WARNING if trained else ERROR, "nothing_to_train", int(steps[-1]),
