@@ -30,7 +30,7 @@ def draw_bands(panels: Sequence[Any], bands: Iterable[tuple[str, float, float]])
     """Stretches of the x axis (name, first, last) as bands through all panels, named above the first one."""
     for number, (name, first, last) in enumerate(bands):
         for axes in panels:
-            axes.axvspan(first, last, color=GREY, alpha=0.12 if number % 2 else 0.0, linewidth=0)
+            axes.axvspan(first, last, color=GREY, alpha=0.12 if number % 2 else 0.0, linewidth=0, zorder=0)
         panels[0].annotate(
             name, (first, 1), xycoords=("data", "axes fraction"), xytext=(2, 4), textcoords="offset points",
             fontsize=8, color="#666666",

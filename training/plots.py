@@ -15,7 +15,7 @@ from training.figures import BLUE, GREEN, GREY, PURPLE, RED, draw_bands, new_fig
 from training.metrics import read_records
 
 POINTS = 2000  # of a curve that a picture can show
-TREND_POINTS = 26
+STRETCHES = 25  # that the rate of change is shown for
 
 
 @dataclass
@@ -77,7 +77,7 @@ def thinned(x: Array, y: Array) -> tuple[Array, Array]:
 
 def span_of(count: int) -> int:
     """Values that a moving average of so many goes over."""
-    return max(3, min(100, count // 40))
+    return max(5, min(100, count // 25))
 
 
 def finish(panels: list[Any], curves: Curves) -> None:
@@ -122,7 +122,7 @@ def draw_learning_rate(curves: Curves) -> Any:
     for number, change in enumerate(curves.events("learning_rate")):
         axes.axvline(change["step"], color=RED, linewidth=0.8, linestyle=":", label=None if number else "adapted")
     axes.set(xlabel="step", ylabel="learning rate", ylim=(0, 1.08 * rates.max() or 1.0))
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    axes.yaxis.set_major_formatter("{x:.2g}")
     if curves.events("learning_rate"):
         axes.legend(frameon=False)
     finish([axes], curves)
@@ -142,6 +142,8 @@ def draw_grad_norm(curves: Curves) -> Any:
         label = f"clipped to {curves.grad_clip:g} ({100 * share:.0f} % of the logged steps)"
         axes.axhline(curves.grad_clip, color=GREY, linewidth=1.0, linestyle="--", label=label)
     axes.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if norms.max() < 20 * norms.min() else "")
     axes.legend(frameon=False)
     finish([axes], curves)
     return figure
@@ -156,7 +158,7 @@ def draw_throughput(curves: Curves) -> Any:
     axes.axhline(
         float(np.median(rates)), color=GREY, linewidth=1.0, linestyle="--", label=f"median {np.median(rates):,.0f}"
     )
-    axes.set(xlabel="step", ylabel="tokens per second", ylim=(0, 1.08 * rates.max()))
+    axes.set(xlabel="step", ylabel="tokens per second", ylim=(0, 1.08 * rates.max() or 1.0))
     waits = curves.points("train/data_wait_share")
     if len(waits[0]) and np.quantile(waits[1], 0.9) > 0.05:
         other = axes.twinx()
@@ -179,35 +181,31 @@ def draw_memory(curves: Curves) -> Any:
     for colour, (name, (steps, sizes)) in zip((BLUE, GREEN, PURPLE), named.items(), strict=False):
         steps, sizes = thinned(steps, sizes / 2**30)
         axes.plot(steps, sizes, color=colour, marker="o" if len(steps) < 50 else None, markersize=4, label=name)
-    axes.set(xlabel="step", ylabel="memory (GiB)", ylim=(0, 1.15 * axes.get_ylim()[1]))
+    axes.set(xlabel="step", ylabel="memory (GiB)", ylim=(0, 1.15 * axes.get_ylim()[1] or 1.0))
     axes.legend(frameon=False)
     finish([axes], curves)
     return figure
 
 
 def draw_trend(curves: Curves) -> Any:
-    """The moving average of the training loss, and below it by which share of itself it changes in 100 steps."""
+    """The moving average of the training loss, and below it by how much each stretch differs from the one before."""
     steps, losses = curves.points("train/loss")
-    if len(steps) < 5:
+    count = min(STRETCHES, len(steps) // 4)
+    if count < 3:
         return None
     figure, panels = new_figure(2, size=(9, 5.5), sharex=True)
     (above,), (below,) = panels
-    means = smoothed(losses, span_of(len(losses)))
-    above.plot(*thinned(steps, means), color=BLUE, linewidth=1.6)
-    above.set(ylabel=f"loss, average over {span_of(len(losses))}")
-    # Between points that are far enough apart for the change not to be noise.
-    at = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), TREND_POINTS)).astype(int))
-    middle = (steps[at][1:] + steps[at][:-1]) / 2
-    levels = np.maximum((means[at][1:] + means[at][:-1]) / 2, 1e-9)
-    rates = 100 * 100 * np.diff(means[at]) / np.diff(steps[at]) / levels
-    falls = rates <= 0
-    width = 0.9 * np.diff(steps[at])
-    below.bar(middle[falls], rates[falls], width=width[falls], color=GREEN, label="falls")
-    below.bar(middle[~falls], rates[~falls], width=width[~falls], color=RED, label="rises")
-    limit = float(np.quantile(np.abs(rates), 0.95)) * 1.2 or 1.0
-    below.set(xlabel="step", ylabel="% of change in 100 steps", ylim=(-limit, limit))
+    span = 2 * span_of(len(losses))
+    above.plot(*thinned(steps, smoothed(losses, span)), color=BLUE, linewidth=1.6)
+    above.set(ylabel=f"loss, average over {span}")
+    parts = [float(np.mean(part)) for part in np.array_split(losses, count)]
+    middles = np.array([float(np.mean(part)) for part in np.array_split(steps, count)])
+    changes, width = 100 * (np.array(parts[1:]) / np.maximum(parts[:-1], 1e-9) - 1), float(middles[1] - middles[0])
+    for falls, colour, label in ((changes <= 0, GREEN, "fell"), (changes > 0, RED, "rose")):
+        below.bar(middles[1:][falls], changes[falls], width=0.9 * width, color=colour, label=label)
+    below.set(xlabel="step", ylabel=f"% of change in {width:,.0f} steps")
     below.axhline(0.0, color=GREY, linewidth=0.8)
-    below.legend(frameon=False)
+    below.legend(frameon=False, loc="lower right")
     finish([above, below], curves)
     return figure
 

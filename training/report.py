@@ -116,7 +116,7 @@ class ReportEvery:
 def report_lines(run_dir: Path, state: dict[str, Any], config: dict[str, Any], curves: Curves) -> Iterator[str]:
     yield f"# {cell(run_dir.resolve().name)}: {state['status']}"
     yield ""
-    yield f"Written {time.strftime('%Y-%m-%d %H:%M:%S')}, from the files in `{run_dir.resolve()}`."
+    yield f"Written {time.strftime('%Y-%m-%d %H:%M:%S')}, from the files in {cell(run_dir.resolve())}."
     alerts = read_alerts(run_dir)
     for title, lines in (
         ("Result", _result(state, curves)),
@@ -142,7 +142,7 @@ def _result(state: dict[str, Any], curves: Curves) -> Iterator[str]:
     share = f" ({100 * step / total:.1f} %)" if total else ""
     rows: list[tuple[str, str]] = [("status", str(state["status"])), ("steps", f"{step:,} of {total:,}{share}")]
     if state.get("exit_reason"):
-        rows.append(("ended by", cell(state["exit_reason"])))
+        rows.append(("ended by", str(state["exit_reason"])))
     if train:
         last = train[-1]
         rows.append(("epochs trained", f"{last.get('train/epoch', 0):.3g}"))
@@ -211,12 +211,12 @@ def _convergence(curves: Curves) -> Iterator[str]:
     means = smoothed(losses, max(3, len(losses) // 40))
     first, last, lowest = float(np.median(losses[:3])), float(means[-1]), int(np.argmin(means))
     yield (
-        f"- Training loss from {first:.4g} to {last:.4g} (smoothed), a fall of {100 * (1 - last / first):.1f} %; its "
+        f"- Training loss from {first:.4g} to {last:.4g} (smoothed, {change(first, last)}); its "
         f"lowest was {means[lowest]:.4g} at step {int(steps[lowest]):,}."
     )
     parts = [chunk for chunk in np.array_split(means, 4) if len(chunk)]
-    changes = [f"{100 * (part[-1] / part[0] - 1):+.1f} %" for part in parts]
-    yield f"- Change in each quarter of the run: {', '.join(changes)}."
+    changes = ", ".join(change(float(part[0]), float(part[-1])) for part in parts)
+    yield f"- Change in each quarter of the run: {changes}."
     x, y = steps[-TREND_POINTS:], losses[-TREND_POINTS:]
     x, y = x[len(x) // 2 :] if len(steps) < TREND_POINTS else x, y[len(y) // 2 :] if len(steps) < TREND_POINTS else y
     slope, low, high = theil_sen(x, y)
@@ -303,7 +303,7 @@ def _checkpoints(run_dir: Path, config: dict[str, Any]) -> Iterator[str]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             manifest = json.loads(path.read_text(encoding="utf-8"))
             size = sum(file["size"] for file in manifest["files"]) / 2**20
-            rows.append((cell(path.parent.name), f"{size:,.1f}", number(manifest["metrics"].get(metric))))
+            rows.append((path.parent.name, f"{size:,.1f}", number(manifest["metrics"].get(metric))))
     if rows:
         yield from table(("checkpoint", "MiB", metric), rows)
     for name in ("final", "best"):
@@ -337,7 +337,7 @@ def _data(run_dir: Path) -> Iterator[str]:
     yield ""
     for part in parts.values():
         for source in part.get("sources", []):
-            samples, layout = number(source.get("samples")), cell(source.get("layout"))
+            samples, layout = cell(number(source.get("samples"))), cell(source.get("layout"))
             yield f"- {cell(source.get('path'))}: {samples} samples ({layout})"
 
 
@@ -373,8 +373,12 @@ def config_of(run_dir: Path) -> dict[str, Any]:
 
 def number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "" if value is None else cell(value)
+        return "" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def change(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.1f} %" if before else "from nothing"
 
 
 def plain(text: Any) -> str:
@@ -399,10 +403,11 @@ def as_text(text: str) -> Iterator[str]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
+    """Rows of any text as a table of Markdown."""
+    yield f"| {' | '.join(map(cell, head))} |"
     yield "|" + "---|" * len(head)
     for row in rows:
-        yield f"| {' | '.join(row)} |"
+        yield f"| {' | '.join(map(cell, row))} |"
 
 
 def main(argv: list[str] | None = None) -> int:
