@@ -159,6 +159,8 @@ class View:
             parts.append(f"{self.metric} {held_out[-1]:.4f} {arrow(held_out)}")
         if self.status == "running" and isinstance(self.last.get("eta_seconds"), (int, float)):
             parts.append(f"eta {duration(self.eta())}")
+        if self.has_ended and self.state.get("exit_reason"):
+            parts.append(one_line(self.state["exit_reason"]))
         if self.alerts:
             parts.append(f"{len(self.alerts)} alerts")
         return "  ".join(parts)

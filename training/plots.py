@@ -59,7 +59,8 @@ class Curves:
 def read_curves(run_dir: Path, config: dict[str, Any]) -> Curves:
     """The curves of a run; of `config` (its config.yaml) what says how to read them."""
     wanted = {name: config[name] for name in ("monitor_metric", "monitor_mode", "grad_clip") if config.get(name)}
-    return Curves(read_records(run_dir / "metrics.jsonl"), **wanted)
+    path = run_dir / "metrics.jsonl"
+    return Curves(read_records(path) if path.exists() else [], **wanted)
 
 
 def thinned(x: Array, y: Array) -> tuple[Array, Array]:

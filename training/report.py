@@ -44,7 +44,7 @@ TITLES = {
 def write_report(run_dir: Path, plots: bool = True) -> Path:
     """Write report/report.md and, unless there is no time for it, the plots. Raises what `read_state` raises."""
     state, config = read_state(run_dir), config_of(run_dir)
-    curves = read_curves(run_dir, config) if (run_dir / "metrics.jsonl").exists() else Curves([])
+    curves = read_curves(run_dir, config)
     directory = run_dir / "report"
     directory.mkdir(exist_ok=True)
     if plots:
