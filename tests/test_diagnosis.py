@@ -136,11 +136,15 @@ def test_one_bad_batch_is_a_spike_and_no_divergence():
     assert spike(np.arange(70.0), losses[:70]) is None
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number(value):
-    alert = non_finite(np.array([1.0, 2.0]), np.array([1.0, value]))
+def test_a_loss_that_is_no_number_is_told_and_one_that_is_not_logged_is_not():
+    alert = non_finite(np.array([1.0, 2.0]), np.array([1.0, math.inf]))
     assert alert.level == ERROR and alert.step == 2 and "--learning_rate" in alert.advice
-    assert non_finite(np.array([1.0, 2.0]), np.array([value, 1.0])) is None
+    assert non_finite(np.array([1.0, 2.0]), np.array([math.inf, 1.0])) is None
+    for kind in ("train", "eval"):
+        records = [{"kind": kind, "step": step, f"{kind}/loss": 1.0} for step in (1, 2)]
+        assert alerts_of([*records, {"kind": kind, "step": 3, "other": 1.0}], 3) == []
+        alerts = alerts_of([*records, {"kind": kind, "step": 3, f"{kind}/loss": None}], 3)
+        assert [(alert.rule, alert.step) for alert in alerts] == [("non_finite", 3)]
 
 
 def test_a_step_that_was_left_out_is_told_of_and_an_overflow_of_fp16_is_not():

@@ -73,15 +73,16 @@ def robust_z(value: float, others: Array) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The rules. Arrays hold one value per record, NaN where a record has none; the newest is the last.
+# The rules. Arrays hold one value per record, the newest last: NaN where a record has none, and infinity for whatever
+# was not finite, which the log has as null.
 
 
 def non_finite(steps: Array, losses: Array, what: str = "training") -> Alert | None:
-    """The newest loss is NaN or infinite."""
-    if not len(losses) or math.isfinite(losses[-1]):
+    """The newest loss was not finite."""
+    if not len(losses) or not math.isinf(losses[-1]):
         return None
     return Alert(
-        ERROR, "non_finite", int(steps[-1]), {"records": float(np.sum(~np.isfinite(losses)))},
+        ERROR, "non_finite", int(steps[-1]), {"records": float(np.sum(np.isinf(losses)))},
         f"the {what} loss is not a finite number: lower --learning_rate, set --grad_clip 1, or take --dtype bfloat16 "
         "in place of float16; the samples of a step that was left out are named above it in the log",
     )  # fmt: skip
@@ -375,8 +376,8 @@ class History:
             for column in self.columns["train"].values():
                 del column[:]
         for name, column in self.columns.get(kind, {}).items():
-            value = record.get(name)
-            column.append(value if isinstance(value, (int, float)) else math.nan)
+            value = record.get(name, math.nan)
+            column.append(value if isinstance(value, (int, float)) else math.inf)
         return kind
 
     def newest(self, kind: str, count: int = RECENT) -> dict[str, Array]:
@@ -388,6 +389,7 @@ class History:
             yield from self._look_at_steps()
         elif kind == "eval":
             held_out, train = self.newest("eval"), self.newest("train", count=0)
+            yield non_finite(held_out["step"], held_out["eval/loss"], "held-out")
             yield overfitting(held_out["step"], held_out["eval/loss"], train["step"], train["train/loss"])
         elif kind == "system":
             sizes = self.newest("system")

@@ -123,7 +123,7 @@ def draw_learning_rate(curves: Curves) -> Any:
     for number, change in enumerate(curves.events("learning_rate")):
         axes.axvline(change["step"], color=RED, linewidth=0.8, linestyle=":", label=None if number else "adapted")
     axes.set(xlabel="step", ylabel="learning rate", ylim=(0, 1.08 * rates.max() or 1.0))
-    axes.yaxis.set_major_formatter("{x:.2g}")
+    axes.yaxis.set_major_formatter("{x:.3g}")
     if curves.events("learning_rate"):
         axes.legend(frameon=False)
     finish([axes], curves)
@@ -175,7 +175,7 @@ def draw_throughput(curves: Curves) -> Any:
 def draw_memory(curves: Curves) -> Any:
     named = {name.removeprefix("system/").replace("_", " "): curves.points(name, "system") for name in MEMORY}
     named["most so far, at the end of an epoch"] = curves.points("memory_usage", "epoch")
-    named = {name: points for name, points in named.items() if len(points[0])}
+    named = {name: points for name, points in named.items() if len(points[0]) > 1}
     if not named:
         return None
     figure, ((axes,),) = new_figure(size=(9, 3.5))
