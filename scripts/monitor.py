@@ -210,9 +210,9 @@ class View:
     def memory(self) -> str:
         """The newest memory that a record tells of."""
         for record in reversed(self.tail.records[-500:]):
-            for name in (*MEMORY, "memory_usage"):
+            for name, scale in (*((name, 1) for name in MEMORY), ("memory_usage", 2**30)):
                 if isinstance(record.get(name), (int, float)):
-                    return f"memory {record[name] / 2**30:.2f} GiB"
+                    return f"memory {record[name] / scale:.2f} GiB"
         return ""
 
     def alert_lines(self, width: int) -> list[str]:

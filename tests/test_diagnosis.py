@@ -244,11 +244,11 @@ def test_a_lasting_fall_of_throughput_is_told_and_a_short_one_is_not():
 
 def test_memory_that_goes_on_rising_is_told_and_a_step_up_is_not():
     steps = np.arange(1.0, 61.0)
-    alert = memory_growth(steps, 2**30 * (1 + 0.02 * steps))
+    alert = memory_growth(steps, 1 + 0.02 * steps, "main")
     assert alert.numbers["last_gib"] > alert.numbers["first_gib"] and "--num_workers 0" in alert.advice
-    assert memory_growth(steps, 2**30 * np.where(steps > 40, 3.0, 1.0)) is None
-    assert memory_growth(steps, 2**30 * (1 + 0.001 * steps)) is None
-    records = [{"kind": "system", "step": int(s), "system/memory_bytes": 2**30 * (1 + 0.02 * s)} for s in steps]
+    assert memory_growth(steps, np.where(steps > 40, 3.0, 1.0), "main") is None
+    assert memory_growth(steps, 1 + 0.001 * steps, "main") is None
+    records = [{"kind": "system", "step": int(s), "system/ram_used_gib": 1 + 0.02 * s} for s in steps]
     assert {alert.rule for alert in alerts_of(records, 60)} == {"memory_growth"}
 
 

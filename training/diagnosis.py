@@ -304,21 +304,21 @@ def throughput_drop(
     )  # fmt: skip
 
 
-def memory_growth(steps: Array, sizes: Array, window: int = 30, growth: float = 0.1) -> Alert | None:
-    """Memory has been rising all along the window; what is taken once, or in the first part only, is no leak."""
+def memory_growth(steps: Array, sizes: Array, what: str, window: int = 30, growth: float = 0.2) -> Alert | None:
+    """Memory (GiB) has risen all along the window; what is taken once, or in a part of it only, is no leak."""
     known = np.isfinite(sizes)
     x, y = steps[known][-window:], sizes[known][-window:]
-    if len(y) < window:
+    if len(y) < window or y[0] <= 0:
         return None
     parts = [float(np.median(part)) for part in np.array_split(y, 3)]
     if min(parts[1] / parts[0], parts[2] / parts[1]) < 1 + growth / 3 or parts[2] < (1 + growth) * parts[0]:
         return None
     return Alert(
         WARNING, "memory_growth", int(steps[-1]),
-        {"first_gib": parts[0] / 2**30, "last_gib": parts[2] / 2**30, "window_records": window},
-        f"memory rose from {parts[0] / 2**30:.2f} to {parts[2] / 2**30:.2f} GiB between steps {int(x[0])} and "
-        f"{int(x[-1])} and goes on rising: --num_workers 0 tells whether loading is the cause; save often "
-        "(--save_interval) so that running out costs little",
+        {"first_gib": parts[0], "last_gib": parts[2], "window_records": window},
+        f"{what} memory rose from {parts[0]:.2f} to {parts[2]:.2f} GiB between steps {int(x[0])} and {int(x[-1])} and "
+        "goes on rising (in the first epoch, pages of the data read so far are part of it): --num_workers 0 tells "
+        "whether loading is the cause; a small --save_interval lets running out cost little",
     )  # fmt: skip
 
 
@@ -345,7 +345,7 @@ def nothing_to_train(
 # All rules on the records of a run
 
 
-MEMORY = ("system/gpu_memory_bytes", "system/memory_bytes")
+MEMORY = {"system/gpu0/memory_used_gib": "GPU", "system/ram_used_gib": "main"}
 COLUMNS = {
     "train": (
         "step", "time", "train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second",
@@ -393,8 +393,8 @@ class History:
             yield overfitting(held_out["step"], held_out["eval/loss"], train["step"], train["train/loss"])
         elif kind == "system":
             sizes = self.newest("system")
-            for name in MEMORY:
-                yield memory_growth(sizes["step"], sizes[name])
+            for name, what in MEMORY.items():
+                yield memory_growth(sizes["step"], sizes[name], what)
         elif kind == "non_finite_gradient":
             yield non_finite_gradient(self.newest(kind)["step"])
 

@@ -173,14 +173,15 @@ def draw_throughput(curves: Curves) -> Any:
 
 
 def draw_memory(curves: Curves) -> Any:
-    named = {name.removeprefix("system/").replace("_", " "): curves.points(name, "system") for name in MEMORY}
-    named["most so far, at the end of an epoch"] = curves.points("memory_usage", "epoch")
+    named = {f"{what}, now": curves.points(name, "system") for name, what in MEMORY.items()}
+    steps, most = curves.points("memory_usage", "epoch")
+    named["most of the first process so far, at the end of an epoch"] = steps, most / 2**30
     named = {name: points for name, points in named.items() if len(points[0]) > 1}
     if not named:
         return None
     figure, ((axes,),) = new_figure(size=(9, 3.5))
     for colour, (name, (steps, sizes)) in zip((BLUE, GREEN, PURPLE), named.items(), strict=False):
-        steps, sizes = thinned(steps, sizes / 2**30)
+        steps, sizes = thinned(steps, sizes)
         axes.plot(steps, sizes, color=colour, marker="o" if len(steps) < 50 else None, markersize=4, label=name)
     axes.set(xlabel="step", ylabel="memory (GiB)", ylim=(0, 1.15 * axes.get_ylim()[1] or 1.0))
     axes.legend(frameon=False)

@@ -11,7 +11,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +151,9 @@ class RunRecords:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.metrics = MetricsLog(save_dir / "metrics.jsonl")
         self.alerts = AlertBook(save_dir / "alerts.jsonl", config.grad_clip, stops=config.on_alert == "stop")
-        self.metrics.follow(lambda: self.alerts)
+        self.metrics.sinks.append(self.alerts)
         if is_main and config.plot_interval:
-            self.metrics.follow(partial(ReportEvery, save_dir, config.plot_interval))
+            self.metrics.sinks.append(ReportEvery(save_dir, config.plot_interval))
         self.state_file = StateFile(save_dir / "state.json")
         self.progress: Progress | None = None
         self.last_eval: dict[str, float] = {}
