@@ -86,6 +86,7 @@ from training.checkpoints import (
     open_shards,
     read_trainer_state,
     verify,
+    weights_to_export,
 )
 from training.control import EARLY, LOST_PEER, PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
 from training.ema import Ema
@@ -112,7 +113,7 @@ from training.report import reported
 from training.stages import Stage, read_stages, weighs
 from training.start import Start, begin, decide_start, has_begun, refuse_changes
 from training.state import LoopState, NonFiniteError
-from training.sums import Sums, add_to, token_means
+from training.sums import Sums, add_to, evaluation_means, token_means
 from training.watchdog import EXIT_HANG, FIRST_FACTOR, Watchdog
 
 logger = logging.getLogger("train")
@@ -199,8 +200,9 @@ def loss_of(terms: dict[str, Tensor], weights: Weights) -> Tensor:
     Raises ValueError for a weight of a term that the objective does not have.
     """
     if unknown := weights.keys() - terms.keys():
-        known = [name for name, term in terms.items() if term.requires_grad]
-        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {', '.join(known)}")
+        known = ", ".join(name for name, term in terms.items() if term.requires_grad)
+        hint = "; kd comes from a teacher, see scripts.train_distillation" if "kd" in unknown else ""
+        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {known}{hint}")
     learnt = {name: term for name, term in terms.items() if term.requires_grad and weights.get(name, 1.0)}
     return sum(weights.get(name, 1.0) * term for name, term in learnt.items())  # type: ignore[return-value]
 
@@ -323,10 +325,21 @@ def validate(
             add_to((sums[""], sums[source]), terms, **counts)
             learner.beat()
     model.train()
-    results = token_means(sums[""].total(learner.processes.sum_ints), prefix)
+    results = evaluation_means(sums[""].total(learner.processes.sum_ints), prefix)
     for source in loaders if len(loaders) > 1 else ():
-        results |= token_means(sums[source].total(learner.processes.sum_ints), f"{prefix}/{source}")
+        results |= evaluation_means(sums[source].total(learner.processes.sum_ints), f"{prefix}/{source}")
     return results
+
+
+@torch.no_grad()
+def metrics_of_evaluation(learner: Learner, filler: Batch, sources: list[str], has_ema: bool) -> list[str]:
+    """The names of what `validate` gives, before anything is trained; `filler` is a batch that counts for nothing."""
+    with learner.autocast():
+        terms = learner.measure(unwrap(learner.model), filler)
+    reshard(learner.model)
+    prefixes = [f"eval{average}" for average in (["", "/ema"] if has_ema else [""])]
+    prefixes += [f"{prefix}/{source}" for prefix in prefixes for source in sources if len(sources) > 1]
+    return [name for prefix in prefixes for name in evaluation_means(dict.fromkeys(terms, 0), prefix)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,6 +481,9 @@ def run_job(
     }
 
     questions = questions_of(data.held_out, config.eval_samples) if data.held_out and config.eval_samples else []
+    if held_out:
+        answers = ["eval/exact_match"] if questions else []
+        policies.check_metric([*metrics_of_evaluation(learner, filler, list(held_out), bool(ema)), *answers])
 
     def begin_epoch(epoch: int) -> int:
         """Set the rows of an epoch and where to begin in them; returns the micro-batches of its steps."""
@@ -569,14 +585,8 @@ def run_job(
             logger.warning("%s: stopped after step %d; go on with --from_resume 1", reason, state.step)
         elif processes.is_main:
             card = model_card(asdict(resolved), data.report, records.last_eval, state.step)
-            best = store.best(store.manifests())[:1] if config.keep_best else []
-            for name, step in (*(("best", step) for step in best), ("final", state.step)):  # the last one says: done
-                kinds = ["model", *(["ema"] if config.export_ema and has_shards(store.path(step), "ema") else [])]
-                weights = {k: t for kind in kinds for k, t in open_shards(store.path(step), kind).tensors().items()}
-                export_model(
-                    save_dir / name, model, tokenizer, state_dict=weights, dtype=getattr(torch, config.export_dtype),
-                    card=card,
-                )  # fmt: skip
+            export = partial(export_model, model=model, tokenizer=tokenizer, card=card)
+            export_results(config, store, state.step, export)
             logger.info("the model is in %s/final; talk to it: python -m scripts.chat %s", save_dir, save_dir)
         if policies.best:
             logger.info(
@@ -588,6 +598,14 @@ def run_job(
     close_processes(processes)
     status = "completed" if not reason else "preempted" if reason == PREEMPTED else "stopped"
     return {"status": status, "step": state.step, **records.last_eval}
+
+
+def export_results(config: Config, store: CheckpointStore, last_step: int, export: Callable[..., None]) -> None:
+    """Write best/ and final/ from their checkpoints; `export(directory, state_dict, dtype)`."""
+    best = store.best(store.manifests())[:1] if config.keep_best else []
+    for name, step in (*(("best", step) for step in best), ("final", last_step)):  # the last one says: done
+        weights = weights_to_export(store.path(step), averaged=config.export_ema)
+        export(Path(config.save_dir) / name, state_dict=weights, dtype=getattr(torch, config.export_dtype))
 
 
 def answer_questions(

@@ -22,10 +22,12 @@ from training.checkpoints import (
     CheckpointError,
     CheckpointStore,
     UnsafeCheckpointError,
+    has_shards,
     open_shards,
     read_manifest,
     read_trainer_state,
     verify,
+    weights_to_export,
 )
 from training.config import SHAPE_FLAGS, Config
 from training.lock import lock_run
@@ -86,6 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     exporting.add_argument("--out", metavar="DIR", type=Path, help="where to (default RUN/export-step-…)")
     exporting.add_argument("--dtype", choices=EXPORT_DTYPES, help="default: --export_dtype of the run")
     exporting.add_argument("--tokenizer", metavar="DIR", help="if that of the run is no longer where it was")
+    exporting.add_argument("--ema", action="store_true", help="the moving averages of a run with --ema_decay")
     pruning = command("prune", "show what need not be kept, and with --yes delete it")
     pruning.add_argument("--keep_last", metavar="N", type=positive, help="newest ones to keep (default: as the run)")
     pruning.add_argument(
@@ -235,8 +238,11 @@ def export(place: Place, options: argparse.Namespace) -> int:
     ledger = place.run / "data_report.json"
     report = json.loads(ledger.read_text(encoding="utf-8")) if ledger.is_file() else None
     card = model_card(settings, report, manifest["metrics"], manifest["step"]) if report else "# A chat model\n"
+    if options.ema and not has_shards(checkpoint, "ema"):
+        raise ValueError(f"{checkpoint} holds no moving averages: they come from --ema_decay")
+    weights = weights_to_export(checkpoint, averaged=options.ema)
     dtype = getattr(torch, options.dtype or settings["export_dtype"])
-    export_model(out, model, tokenizer, state_dict=shards.tensors(), dtype=dtype, card=card)
+    export_model(out, model, tokenizer, state_dict=weights, dtype=dtype, card=card)
     print(f"the model after step {manifest['step']} is in {out}")
     return 0
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -37,6 +38,7 @@ KINDS = ({"low", "high"}, {"choices"})
 MORE = {"log", "step"}
 MAX_FAILURES = 3
 LOOK_SECONDS, SECONDS_TO_STOP = 0.2, 40
+PR_SET_PDEATHSIG = 1  # of prctl
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -111,6 +113,12 @@ def suggest(trial: Any, space: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def end_with_parent() -> None:
+    """In a new process: have the system end it when the search dies, however it dies. Only Linux can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def running(words: list[str], processes: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The trainer in a process group of its own, of which nothing outlives the block."""
@@ -118,7 +126,10 @@ def running(words: list[str], processes: int, log: Path) -> Iterator[subprocess.
     command = [sys.executable, *(launcher if processes > 1 else ()), "train_full_sft.py", *words]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     with open(log, "wb") as file:
-        job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+        job = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True,
+            preexec_fn=end_with_parent,
+        )  # fmt: skip
     try:
         yield job
     finally:

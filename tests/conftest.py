@@ -5,6 +5,7 @@ import signal
 import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # such a shell has Ctrl-C ignored, which children inherit
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup has this one ignored
 
 
 @pytest.fixture(scope="module")

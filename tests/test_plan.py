@@ -13,7 +13,7 @@ ROWS = [7, 4, 9]  # of three epochs; with 3 rows per step 3, 2 and 3 steps
 
 
 def plan_of(*window_rows: int, state: LoopState | None = None, **flags) -> Plan:
-    config = make_config({"data_path": "x.jsonl", "epochs": 3, **flags})
+    config = make_config({"data_path": "x.jsonl", **({} if "stages" in flags else {"epochs": 3}), **flags})
     stages = read_stages(config)
     rows = window_rows or [3] * len(stages)
     return make_plan(stages, lambda epoch: ROWS[epoch % 3], rows, state or LoopState())

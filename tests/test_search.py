@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +74,33 @@ def test_a_search_finds_the_better_rate_goes_on_where_it_stopped_and_shows_all(t
     assert imread(study / "results.png").std() > 0
     assert main([*command, "--trials", "3", "--seed=8"]) == 2
     assert "holds a search with other flags" in capsys.readouterr().err
+
+
+def test_a_killed_search_takes_its_trial_with_it_and_tries_its_values_again(tmp_path, rows):
+    (tmp_path / "space.yaml").write_text("learning_rate: {choices: [1.0e-2]}")
+    command = [
+        sys.executable, "-m", "scripts.search", "--space", str(tmp_path / "space.yaml"), "--trials", "1",
+        "--study_dir", str(tmp_path / "study"),
+    ]  # fmt: skip
+    command += words_of(tmp_path, rows, max_steps=60, eval_interval="30")
+    search = subprocess.Popen(command)
+    state = tmp_path / "study" / "trial-0000" / "state.json"
+    assert comes_to_be("running", state, 60)
+    search.kill()
+    search.wait()
+    assert comes_to_be("stopped", state, 30)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert "trial 0 was cut off, its values are tried again" in again.stdout and "trial 1: eval/loss" in again.stdout
+
+
+def comes_to_be(status, state, seconds):
+    deadline = time.monotonic() + seconds
+    while not (state.exists() and json.loads(state.read_text())["status"] == status):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def test_trials_that_all_fail_end_the_search_with_the_reason(tmp_path, rows, capsys):

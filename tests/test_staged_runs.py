@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from scripts.checkpoints import main as checkpoints_main
 from tests.small_world import (
     log_of,
     records_of,
@@ -229,3 +230,6 @@ def test_the_moving_average_is_what_the_formula_says_and_can_be_exported(tmp_pat
         expected = average * decay + steps[1][name] * (1 - decay)
         assert (averages[1][name] - expected).abs().max() < 1e-6
         assert (averages[2][name] - final[name]).abs().max() == 0 and (steps[2][name] - final[name]).abs().max() > 0
+    assert checkpoints_main(["export", str(tmp_path / "run"), "--ema"]) == 0
+    exported = tmp_path / "run" / "export-step-00000003" / "model.safetensors"
+    assert exported.read_bytes() == (tmp_path / "run" / "final" / "model.safetensors").read_bytes()

@@ -32,7 +32,7 @@ def test_a_row_inherits_the_flags_of_the_run_and_replaces_those_that_it_names():
             {"name": "short", "description": "short ones first", "max_seq_len": 64, "learning_rate": "1e-4"},
             {"name": "long", "repeats": 3, "mini_epochs": 2, "loss_weights": {"ce": 1, "z": 0.02}},
         ],
-        learning_rate=3e-4, batch_size=4, max_seq_len=512, hidden_size=64, epochs=7, loss_weights="z=1e-4",
+        learning_rate=3e-4, batch_size=4, max_seq_len=512, hidden_size=64, loss_weights="z=1e-4",
     )  # fmt: skip
     assert (first.name, first.description, first.epochs) == ("short", "short ones first", 1)
     assert (first.config.max_seq_len, first.config.learning_rate, first.config.loss_weights) == (64, 1e-4, "z=1e-4")
@@ -42,6 +42,23 @@ def test_a_row_inherits_the_flags_of_the_run_and_replaces_those_that_it_names():
     for stage in (first, second):
         assert (stage.config.batch_size, stage.config.hidden_size) == (4, 64)
         assert stage.config.epochs == stage.epochs and stage.config.stages is None
+
+
+def test_epochs_beside_a_table_are_refused_and_those_of_a_file_below_give_way(tmp_path):
+    with pytest.raises(ConfigError, match="--epochs is for a run without --stages"):
+        make_config({"data_path": "x.jsonl", "epochs": 3, "stages": "[{}]"})
+    (tmp_path / "run.yaml").write_text("data_path: x.jsonl\nepochs: 3\n")
+    config, _ = parse_config(["--config", str(tmp_path / "run.yaml"), "--stages", "[{mini_epochs: 4}]"])
+    assert [stage.epochs for stage in read_stages(config)] == [4]
+
+
+def test_a_table_named_in_a_file_lies_beside_that_file(tmp_path):
+    (tmp_path / "table.yaml").write_text("- {name: a}\n")
+    (tmp_path / "base.yaml").write_text("data_path: x.jsonl\nstages: table.yaml\n")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "run.yaml").write_text("base: ../base.yaml\nseed: 3\n")
+    config, _ = parse_config(["--config", str(tmp_path / "deeper" / "run.yaml")])
+    assert [stage.name for stage in read_stages(config)] == ["a"]
 
 
 def test_rows_without_a_name_are_numbered():

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from training.files import fsync_path, make_directory, remove, replace_json, sha256_of, write_json
 from training.shards import Block, ShardReader, bytes_of, write_shard
 
@@ -353,3 +355,9 @@ def read_trainer_state(directory: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{directory / TRAINER_STATE}: a JSON object is needed, not a {type(state).__name__}")
     return state
+
+
+def weights_to_export(directory: Path, averaged: bool) -> dict[str, Tensor]:
+    """The weights in a verified checkpoint, or their moving averages where it has some."""
+    weights = open_shards(directory, "model").tensors()
+    return {**weights, **(open_shards(directory, "ema").tensors() if averaged and has_shards(directory, "ema") else {})}

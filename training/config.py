@@ -50,6 +50,7 @@ ALTERNATIVES = (
     ("epochs", "max_steps"),
     ("accumulation_steps", "global_batch_size"),
 )
+GIVES_WAY = {"stages": "epochs"}  # a table counts its own epochs; those given beside it are refused
 WHOLE_TENSORS = ("adafactor", "muon")  # optimizers whose update is not the same where a tensor is shared out
 LOADING_FLAGS = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
 
@@ -220,6 +221,8 @@ class Config:
             problems.append("--system_field needs --prompt_field and --response_field")
         if self.warmup_steps and self.warmup_ratio:
             problems.append("--warmup_steps and --warmup_ratio are both given: choose one")
+        if self.stages is not None and self.epochs != type(self).epochs:
+            problems.append("--epochs is for a run without --stages, whose rows say repeats and mini_epochs")
         for name in ("shard_size", "cpu_offload"):
             if getattr(self, name) and self.strategy != "fsdp":
                 problems.append(f"--{name} belongs to --strategy fsdp")
@@ -397,4 +400,5 @@ def make_config(values: dict[str, Any]) -> Config:
 def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Flags over those of a file, or of a file over those of its base; a flag replaces also its alternative."""
     replaced = {name for pair in ALTERNATIVES if set(pair) & over.keys() for name in pair}
+    replaced |= {other for name, other in GIVES_WAY.items() if name in over}
     return {**{name: value for name, value in under.items() if name not in replaced}, **over}

@@ -123,34 +123,17 @@ def make_plan(
     Then `extra_steps` is the difference: a run counted in epochs has as many steps left as its rows need, and its
     learning rate goes on from the same share of them; a run counted in steps goes on counting.
     """
-    config, spans, epoch, steps = stages[0].config, list[Span](), 0, 0
-    weights = [_loss_weights(stage) for stage in stages]
-    # What one stage weighs and another does not name counts for nothing there, but for the cross entropy.
-    unnamed = {term: LossWeight("constant", {"value": 0.0}) for each in weights for term in each if term != "ce"}
-    for stage, rows, own in zip(stages, window_rows, weights, strict=True):
-        first = epoch
-        ends = list(accumulate(_steps(rows_of(first + n), rows) for n in range(stage.epochs)))
-        length = config.max_steps if len(stages) == 1 and config.max_steps else ends[-1]
-        while ends[-1] < length:
-            ends.append(ends[-1] + _steps(rows_of(len(ends)), rows))
-        spans.append(
-            Span(stage, rows, first, steps, ends, length, _schedule(stage, length), {**unnamed, **own})
-        )  # fmt: skip
-        epoch, steps = epoch + stage.epochs, steps + length
-
-    span = spans[_stage_of(spans, state.epoch)]
-    done_before = span.steps_before + sum(
-        _steps(rows_of(n), span.window_rows) for n in range(span.first_epoch, state.epoch + 1)
-    )
-    extra_steps = state.step - (done_before - _steps(rows_of(state.epoch) - state.rows, span.window_rows))
+    config, spans = stages[0].config, _lay_out(stages, rows_of, window_rows)
+    extra_steps = state.step - _steps_at(spans, rows_of, state.epoch, state.rows)
     if len(spans) > 1 and extra_steps:
         raise ValueError(
             "a run of several stages keeps the rows of its steps and its data: it cannot go on with others"
         )
     lr_shift = 0 if config.max_steps else extra_steps
-    total_steps = config.max_steps or steps + lr_shift
+    planned = spans[-1].steps_before + spans[-1].length
+    total_steps = config.max_steps or planned + lr_shift
     if len(spans) > 1:
-        total_steps = min(total_steps, steps)
+        total_steps = min(total_steps, planned)
     epochs, reached = 0, 0
     while reached < total_steps - extra_steps:
         reached += _steps(rows_of(epochs), spans[_stage_of(spans, epochs)].window_rows)
@@ -160,6 +143,31 @@ def make_plan(
         lr_shift=lr_shift, log_interval=config.log_interval, eval_interval=config.eval_interval,
         save_interval=config.save_interval, save_evaluated=config.keep_best > 0,
     )  # fmt: skip
+
+
+def _lay_out(stages: Sequence[Stage], rows_of: Callable[[int], int], window_rows: Sequence[int]) -> list[Span]:
+    """The stages one after the other."""
+    weights = [_loss_weights(stage) for stage in stages]
+    # What one stage weighs and another does not name counts for nothing there, but for the cross entropy.
+    unnamed = {term: LossWeight("constant", {"value": 0.0}) for each in weights for term in each if term != "ce"}
+    spans, epoch, steps = list[Span](), 0, 0
+    for stage, rows, own in zip(stages, window_rows, weights, strict=True):
+        ends = list(accumulate(_steps(rows_of(epoch + n), rows) for n in range(stage.epochs)))
+        length = stage.config.max_steps if len(stages) == 1 and stage.config.max_steps else ends[-1]
+        while ends[-1] < length:
+            ends.append(ends[-1] + _steps(rows_of(len(ends)), rows))
+        spans.append(
+            Span(stage, rows, epoch, steps, ends, length, _schedule(stage, length), {**unnamed, **own})
+        )  # fmt: skip
+        epoch, steps = epoch + stage.epochs, steps + length
+    return spans
+
+
+def _steps_at(spans: Sequence[Span], rows_of: Callable[[int], int], epoch: int, rows: int) -> int:
+    """Steps that it takes to come as far as this in the data."""
+    span = spans[_stage_of(spans, epoch)]
+    whole = sum(_steps(rows_of(n), span.window_rows) for n in range(span.first_epoch, epoch + 1))
+    return span.steps_before + whole - _steps(rows_of(epoch) - rows, span.window_rows)
 
 
 def _stage_of(spans: Sequence[Span], epoch: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +47,14 @@ class Policies:
                     if not changed:
                         raise
                     logger.warning("what the %s remembers is of another kind, it begins anew", name)
+        if self.every and "multiplier" not in state.policies:
+            state.since_observed = Sums()  # nobody has looked yet, also where it was asked for only now
         state.lr_factor = self.multiplier.factor if self.multiplier else 1.0
+
+    def check_metric(self, names: Iterable[str]) -> None:
+        """ValueError where something waits for a metric that evaluations, which give these names, do not have."""
+        if self.uses_metric and self.metric not in names:
+            raise ValueError(f"--monitor_metric {self.metric}: an evaluation gives {', '.join(names)}")
 
     @property
     def stopped(self) -> bool:
@@ -66,13 +73,8 @@ class Policies:
         sum_ints: Callable[[Sequence[int]], list[int]],
         report: Callable[..., None],
     ) -> None:
-        """Take in what an evaluation gave (nothing, where there was none); `report(step, event, **values)`.
-
-        Raises ValueError where the evaluation has no such metric.
-        """
+        """Take in what an evaluation gave (nothing, where there was none); `report(step, event, **values)`."""
         state, value = self.state, results.get(self.metric)
-        if results and value is None and self.uses_metric:
-            raise ValueError(f"--monitor_metric {self.metric}: an evaluation gives {', '.join(results)}")
         if value is not None:
             self._remember(value)
             if self.stopping and self.stopping.observe(value):

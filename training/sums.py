@@ -51,3 +51,10 @@ def token_means(total: dict[str, int], prefix: str) -> dict[str, float]:
     scale = math.nan if total.get("non_finite") or not count else 1.0 / (FIXED_POINT * count)
     names = {"ce": f"{prefix}/loss", "correct": f"{prefix}/token_accuracy"}
     return {names.get(n, f"{prefix}/loss_{n}"): value * scale for n, value in total.items() if n not in COUNTS}
+
+
+def evaluation_means(total: dict[str, int], prefix: str) -> dict[str, float]:
+    """`token_means` and the perplexity, exp of the mean cross entropy."""
+    means = token_means(total, prefix)
+    loss = means.get(f"{prefix}/loss", math.nan)
+    return {**means, f"{prefix}/perplexity": math.exp(loss) if not loss > 700 else math.inf}

@@ -39,7 +39,7 @@ def parse_yaml(text: str, place: str) -> Any:
 
 
 def read_yaml(path: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a file, laid over that of the file which its `base` names, relative to itself.
+    """The mapping in a file, laid over that of the file which its `base` names; base and stages are relative to it.
 
     `above`: the files that build on this one. Raises ConfigError naming the file.
     """
@@ -59,6 +59,10 @@ def read_yaml(path: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError([f"{place}: expected 'flag: value' lines, found {type(values).__name__}"])
+    table = values.get("stages")
+    names_a_file = isinstance(table, str) and table != "none" and not table.lstrip().startswith("[")
+    if names_a_file:
+        values["stages"] = str(Path(path).parent / str(table))
     base = values.pop(BASE, None)
     if base is None:
         return values

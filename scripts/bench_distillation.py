@@ -1,0 +1,78 @@
+"""What a teacher is worth: `python -m scripts.bench_distillation runs/demo`, where the teacher is the trained demo.
+
+Trains a student of half its width on a few conversations of the demo, once alone and once under the teacher, for each
+seed: the same rows in the same order, the same steps. Prints the loss on the held-out conversations, the cross entropy
+for both, and how many of the answers are exact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dataset.demo import held_out_conversations, training_conversations
+from scripts.evaluate import positive
+from training.observe import read_history
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDENT = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench_distillation", description=__doc__.split(":")[0])
+    parser.add_argument("teacher", metavar="RUN", help="the trained demo: bash scripts/quickstart.sh leaves runs/demo")
+    parser.add_argument("--samples", type=positive, default=1000, metavar="N", help="of the student (default 1000)")
+    parser.add_argument("--steps", type=positive, default=400, metavar="N", help="of the student (default 400)")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="from 1 to this (default 3)")
+    parser.add_argument("--alpha", type=float, default=0.7, metavar="X", help="default 0.7")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="default 1")
+    return parser.parse_args(argv)
+
+
+def train(module: list[str], save_dir: Path, **flags: Any) -> tuple[float, float]:
+    """Held-out loss and share of exact answers at the end of a run. RuntimeError with its output if it fails."""
+    words = [f"--{name}={value}" for name, value in {**STUDENT, **flags, "save_dir": save_dir}.items()]
+    done = subprocess.run([sys.executable, *module, *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    history = read_history(save_dir, "eval")
+    return history["eval/loss"][-1], history["eval/exact_match"][-1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    taught_by = [
+        "-m", "scripts.train_distillation", f"--teacher={options.teacher}", f"--alpha={options.alpha}",
+        f"--temperature={options.temperature}",
+    ]  # fmt: skip
+    found = []
+    print("| seed | alone | taught | exact alone | exact taught |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, folder = training_conversations(), Path(scratch)
+        chosen = rows[:: max(1, len(rows) // options.samples)][: options.samples]
+        for name, content in (("train", chosen), ("held_out", held_out_conversations())):
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        flags = {
+            "data_path": folder / "train.jsonl", "val_data_path": folder / "held_out.jsonl",
+            "cache_dir": folder / "cache", "max_seq_len": 512, "batch_size": 2, "max_steps": options.steps,
+            "learning_rate": 4e-3, "device": "cpu",
+            "warmup_ratio": 0.05, "eval_interval": options.steps, "save_interval": options.steps, "eval_samples": 140,
+        }  # fmt: skip
+        for seed in range(1, options.seeds + 1):
+            alone = train(["train_full_sft.py"], folder / f"alone-{seed}", **flags, seed=seed)
+            taught = train(taught_by, folder / f"taught-{seed}", **flags, seed=seed)
+            found.append((alone[0], taught[0]))
+            print(f"| {seed} | {alone[0]:.4f} | {taught[0]:.4f} | {alone[1]:.1%} | {taught[1]:.1%} |", flush=True)
+    print(f"median gain {statistics.median(alone - taught for alone, taught in found):.4f} nats per token")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
