@@ -38,7 +38,7 @@ def draw(plan: Any, path: Path) -> None:
     axes[0].plot(steps, [plan.lr(step) for step in steps], color=COLOURS[0], linewidth=1.5)
     axes[0].set(ylabel="learning rate")
     axes[0].set_title(f"{plan.total_steps:,} steps, {plan.epochs:,} epochs", pad=20)
-    axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    axes[0].yaxis.set_major_formatter("{x:.3g}")
     for number, term in enumerate(terms, start=1):
         values = [each.get(term, 1.0) for each in weights]
         axes[number].plot(steps, values, color=COLOURS[number % len(COLOURS)], linewidth=1.5)
