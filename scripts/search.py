@@ -157,7 +157,13 @@ class Search:
         import optuna
 
         run = (self.options.study_dir / f"trial-{trial.number:04d}").resolve()
-        values = {**suggest(trial, self.space), "save_dir": str(run), "overwrite": 1, "save_interval": 10**9}
+        values = {
+            **suggest(trial, self.space),
+            "save_dir": str(run),
+            "overwrite": 1,
+            "save_interval": 10**9,
+            "report": 0,
+        }
         flags = [f"--{name}={value}" for name, value in values.items()]
         print(f"trial {trial.number}: " + ", ".join(f"{name} {values[name]}" for name in self.space), flush=True)
         told: set[int] = set()
