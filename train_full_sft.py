@@ -25,7 +25,7 @@ import math
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -50,6 +50,7 @@ from model.choose import (
     fill_model,
     load_tokenizer,
     shape_of,
+    sizes_of,
     weights_source,
 )
 from model.export import export_model
@@ -89,11 +90,11 @@ from training.checkpoints import (
     weights_to_export,
 )
 from training.control import EARLY, LOST_PEER, PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
+from training.doctor import check_start
 from training.ema import Ema
 from training.environment import write_descriptions
 from training.identity import identity_of
 from training.meeting import meet
-from training.metrics import WandbSink
 from training.observe import duration
 from training.optimizers import make_optimizer
 from training.plan import Plan, describe_stages, make_plan, micro_batches_per_step, resolve, rows_per_step
@@ -103,14 +104,16 @@ from training.process import (
     device_name_of,
     end_process,
     is_ours,
+    out_of_memory,
     peak_memory_bytes,
     setup_logging,
     to_device,
     use_deterministic_kernels,
 )
-from training.records import Meter, RunRecords, StateFile, peak_flops
+from training.records import Meter, RunRecords, StateFile
 from training.report import reported
-from training.stages import Stage, read_stages, weighs
+from training.sinks import sink_makers
+from training.stages import Stage, check_terms, idle_flags, read_stages, weighs
 from training.start import Start, begin, decide_start, has_begun, refuse_changes
 from training.state import LoopState, NonFiniteError
 from training.sums import Sums, add_to, evaluation_means, token_means
@@ -200,11 +203,11 @@ def loss_of(terms: dict[str, Tensor], weights: Weights) -> Tensor:
     Raises ValueError for a weight of a term that the objective does not have.
     """
     if unknown := weights.keys() - terms.keys():
-        known = ", ".join(name for name, term in terms.items() if term.requires_grad)
-        hint = "; kd comes from a teacher, see scripts.train_distillation" if "kd" in unknown else ""
-        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {known}{hint}")
-    learnt = {name: term for name, term in terms.items() if term.requires_grad and weights.get(name, 1.0)}
-    return sum(weights.get(name, 1.0) * term for name, term in learnt.items())  # type: ignore[return-value]
+        known = [name for name, term in terms.items() if term.requires_grad]
+        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {', '.join(known)}")
+    learnt = {name: term for name, term in terms.items() if term.requires_grad}
+    weighed = {name: term for name, term in learnt.items() if weights.get(name, 1.0)} or learnt
+    return sum(weights.get(name, 1.0) * term for name, term in weighed.items())  # type: ignore[return-value]
 
 
 def train_epoch(
@@ -232,8 +235,8 @@ def train_epoch(
             raise problem or RuntimeError("another rank could not load its data, see its message")
         if save_failed:
             hooks.settle_save()
-        with meter.paused():
-            wishes.obey(sums, processes.sum_ints, hooks.save, records.status, learner.beat)
+        with meter.paused(idle=True):
+            wishes.obey(sums, processes.sum_ints, hooks.save, records.obeyed, learner.beat)
 
         # 3. update
         step = state.step + 1
@@ -347,15 +350,19 @@ def metrics_of_evaluation(learner: Learner, filler: Batch, sources: list[str], h
 
 
 def run(
-    config: Config, objective: Objective | None = None, extra_identity: dict[str, str] | None = None
-) -> dict[str, Any]:
+    config: Config, objective: Objective | None = None, extra_identity: dict[str, str] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Train as `config` says and return a summary; `objective` replaces the cross entropy of supervised tokens.
 
-    `extra_identity`: what of it a resume must find unchanged, under names that --allow_change takes. From where the
-    directory is ours, its state.json tells of every error.
+    `extra_identity`: what of it a resume must find unchanged, under names that --allow_change takes. `callbacks`:
+    functions of a record, or sinks, that follow metrics.jsonl on rank 0; the one of kind "epoch" comes once per epoch.
+    From where the directory is ours, its state.json tells of every error.
     """
     rank, _, _ = environment_rank()
     setup_logging(rank)
+    if config.teacher is not None and objective is None:
+        raise ValueError("--teacher: a run under a teacher is started by torchrun -m scripts.train_distillation")
     save_dir = Path(config.save_dir)
     lock = lock_run(save_dir) if rank == 0 and not config.dry_run else None  # until this function ends
     start = decide_start(save_dir, config.from_resume, config.overwrite, has_begun(save_dir))
@@ -363,17 +370,17 @@ def run(
         StateFile(save_dir / "state.json").say("pending", start.clears)
     with reported(save_dir, wanted=bool(lock) and config.report):
         try:
-            return run_job(config, start, objective, extra_identity or {})
+            return run_job(config, start, objective, extra_identity or {}, callbacks)
         except Exception as error:
             if lock:
-                reason = LOST_PEER if is_lost_peer(error) else f"{type(error).__name__}: {error}"
-                ended = {"exit_reason": reason, "exit_code": exit_code_of(error)}
+                lost = LOST_PEER if is_lost_peer(error) else out_of_memory(error)
+                ended = {"exit_reason": lost or f"{type(error).__name__}: {error}", "exit_code": exit_code_of(error)}
                 StateFile(save_dir / "state.json").say("failed", start.clears, **ended)
             raise
 
 
 def run_job(
-    config: Config, start: Start, objective: Objective | None, extra_identity: dict[str, str]
+    config: Config, start: Start, objective: Objective | None, extra_identity: dict[str, str], callbacks: Sequence[Any]
 ) -> dict[str, Any]:
     """All that `run` does once it is known how the run starts."""
     save_dir, started = Path(config.save_dir), time.monotonic()
@@ -385,6 +392,12 @@ def run_job(
     tokenizer_source = choose_tokenizer(config.tokenizer, from_weight)
     tokenizer = load_tokenizer(tokenizer_source, config.chat_template)
     stages = read_stages(config)
+    if objective is None or config.teacher:
+        check_terms(stages)
+    for line in idle_flags(stages):
+        logger.warning("%s", line)
+    if rank == 0 and not config.skip_checks:
+        check_start(config, sizes_of(from_weight, config.shape, len(tokenizer)), world_size)
     data = load_data(
         config, stages, tokenizer, owner=local_rank == 0, echo=logger.info,
         rejects_file=save_dir / "rejects.jsonl" if keeps_records else None,
@@ -443,7 +456,9 @@ def run_job(
     window_rows = rows_per_step(stages, world_size, saved.get("global_batch_size", []))
     if state.rows >= data.train.rows_of(state.epoch) and not state.unfinished:  # only where other data was allowed
         state.next_epoch()
-    identity = {**data.identity, **identity_of(stages, dtype_name, window_rows, describe_model(model))}
+    identity = {**data.identity, **identity_of(
+        stages, dtype_name, window_rows, describe_model(model), data.held_out_identity
+    )}  # fmt: skip
     identity |= {name: f"{identity.get(name, '')} | {said}" for name, said in extra_identity.items()}
     changed = refuse_changes(saved["identity"], identity, config.allowed_changes) if checkpoint else []
     plan = make_plan(stages, data.train.rows_of, window_rows, state)
@@ -520,12 +535,10 @@ def run_job(
         write_rejects(save_dir / "rejects.jsonl", data.rejects)
         write_descriptions(save_dir, resolved, data.report, device_name, world_size, torch.get_num_threads())
     body, head = model.parameter_counts()
-    peak = peak_flops(device_name, world_size)
-    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), peak, config)
-    if processes.is_main and config.reports_to_wandb:
-        wandb = partial(WandbSink, config.wandb_project, constants["wandb_id"], save_dir, asdict(resolved))
-        records.metrics.follow(wandb)
-    watchdog = Watchdog(config.group_timeout_seconds, on_hang=partial(records.status, "failed", exit_code=EXIT_HANG))
+    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), config, device_name, world_size)
+    records.metrics.follow(sink_makers(resolved, constants["wandb_id"], callbacks))
+    on_hang = partial(records.status, "failed", exit_code=EXIT_HANG)
+    watchdog = Watchdog(config.group_timeout_seconds, on_hang, on_beat=records.alive)
     learner.beat = watchdog.beat
     checkpointer = Checkpointer(
         store, model, optimizer, scaler, state, constants, processes, records.event, config.async_save, watchdog.beat,
@@ -575,6 +588,8 @@ def run_job(
                     train_epoch(learner, loader, micro_batches, state, plan, records, wishes, hooks)
             except Stopped as stop:
                 reason = str(stop) if str(stop) != EARLY else None
+                if reason:
+                    records.stopping(reason)
             except NonFiniteError:
                 checkpointer.finish()  # raised on all ranks alike, and what is on its way is good
                 raise
@@ -671,6 +686,8 @@ def main(config: Config, run_it: Callable[[Config], dict[str, Any]] | None = Non
     except Exception as error:
         if is_lost_peer(error):
             logger.error("stopped: %s", LOST_PEER)
+        elif message := out_of_memory(error):
+            logger.error("error: %s", message)
         elif isinstance(error, tuple(EXIT_CODES)):
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             # What a library raised under a name that we use for what the user can mend may be a fault of ours.

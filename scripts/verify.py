@@ -183,7 +183,7 @@ def difference(run: Path, other: Path) -> float:
 def _comparable(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Without times, and without events: the kill may come between a checkpoint and the record of it."""
     for record in records:
-        if record["kind"] != "event":
+        if record["kind"] not in ("event", "system"):
             yield {name: value for name, value in record.items() if not any(word in name for word in TIMING)}
 
 

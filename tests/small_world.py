@@ -186,7 +186,7 @@ def result_of(save_dir: Path) -> dict[str, Any]:
     """All that must be equal between two runs: weights, optimizer, position, and every logged number but time."""
     newest = sorted((save_dir / "checkpoints").glob("step-*"))[-1]
     state = json.loads((newest / "trainer_state.json").read_text())
-    records = records_of(save_dir)
+    records = [record for record in records_of(save_dir) if record["kind"] != "system"]
     timing = ("time", "per_second", "seconds", "share", "memory", "eta")
     return {
         "final": sha256(save_dir / "final" / "model.safetensors"),

@@ -146,7 +146,7 @@ def test_a_broken_rule_ends_no_run(tmp_path, monkeypatch, caplog):
 
     log = MetricsLog(tmp_path / "metrics.jsonl")
     book, _ = book_of(tmp_path)
-    log.follow(lambda: book)
+    log.sinks.append(book)
     monkeypatch.setattr(book.history, "look", lambda kind: 1 / 0)
     log.write("train", 1, **{"train/loss": 1.0})
     log.write("train", 2, **{"train/loss": 1.0})

@@ -73,7 +73,7 @@ class ControlFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._seen: Any = None
+        self.last_id: Any = None
         self._stamp: tuple[int, ...] = ()
         self.read()
 
@@ -96,9 +96,9 @@ class ControlFile:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             logger.warning("%s is ignored: %s", self.path, error)
             return None
-        if number == self._seen:
+        if number == self.last_id:
             return None
-        self._seen = number
+        self.last_id = number
         return str(command)
 
 
@@ -150,10 +150,10 @@ class Wishes:
         sums: list[int],
         sum_ints: Callable[[Sequence[int]], list[int]],
         save: Callable[[], None],
-        say: Callable[[str], None],
+        say: Callable[..., None],
         beat: Callable[[], None],
     ) -> None:
-        """Do what the ranks wish together: raise Stopped, save, or wait until a pause ends.
+        """Do what the ranks wish together: raise Stopped, save, or wait until a pause ends; `say` each thing done.
 
         Paused ranks exchange their wishes again and again, so that no time limit of the process group ever passes, and
         what happens meanwhile loses nothing, because a pause begins with a checkpoint.
@@ -162,12 +162,17 @@ class Wishes:
         while True:
             self.stop_if_wished(sums)
             *_, pause, wants_save = sums
-            if wants_save or (pause and not paused):
+            if begins := bool(pause) and not paused:
+                say("pausing")
+            if wants_save or begins:
                 self._save = False
                 save()
+            obeyed = self.control.last_id if self.control else None
+            if wants_save:
+                say("saved", obeyed)
             if bool(pause) != paused:
                 paused = bool(pause)
-                say("paused" if paused else "running")
+                say("paused" if paused else "running", obeyed)
             if not paused:
                 return
             time.sleep(PAUSE_SECONDS)

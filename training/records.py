@@ -22,6 +22,7 @@ from training.observe import duration
 from training.plan import Plan
 from training.report import ReportEvery
 from training.state import LoopState
+from training.system import SystemWatch
 
 logger = logging.getLogger("train")
 
@@ -61,7 +62,7 @@ class StateFile:
         now = time.time()
         due = values.get("status", self.values["status"]) != self.values["status"] or now - self._written_at >= 1.0
         self.values.update(values, updated_at=now)
-        if due:
+        if due or "obeyed" in values:
             self._written_at = now
             self._write()
 
@@ -95,11 +96,13 @@ class Meter:
         return time.perf_counter() - self.epoch_started
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave what happens in this block out of the throughput."""
+    def paused(self, idle: bool = False) -> Iterator[None]:
+        """Leave what happens in this block out of the throughput; the run is `idle`: also out of the epoch's time."""
         started = time.perf_counter()
         yield
-        self.started += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.started += seconds
+        self.epoch_started += seconds if idle else 0.0
 
     def count(self, tokens: int, supervised: int) -> None:
         self.steps, self.tokens, self.supervised = self.steps + 1, self.tokens + tokens, self.supervised + supervised
@@ -143,12 +146,15 @@ class RunRecords:
     """The one place that the loop reports to; every method may be called on every rank and acts on rank 0."""
 
     def __init__(
-        self, save_dir: Path, is_main: bool, flops_per_token: tuple[float, float], peak_flops: float | None,
-        config: Config,
+        self, save_dir: Path, is_main: bool, flops_per_token: tuple[float, float], config: Config, device_name: str,
+        devices: int,
     ):  # fmt: skip
-        """`flops_per_token`: of an input token, of a supervised token; `peak_flops`: of all devices, per second."""
+        """`flops_per_token`: of an input token, of a supervised token."""
         self.is_main = is_main
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_main and device_name != "cpu" else 0
+        self.system = SystemWatch(save_dir, gpus)
+        self._paused_at = 0.0
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(device_name, devices)
         self.metrics = MetricsLog(save_dir / "metrics.jsonl")
         self.alerts = AlertBook(save_dir / "alerts.jsonl", config.grad_clip, stops=config.on_alert == "stop")
         self.metrics.sinks.append(self.alerts)
@@ -178,6 +184,7 @@ class RunRecords:
                 "stage": plan.stage_of(min(state.epoch, plan.epochs - 1)),
             }  # fmt: skip
             self.state_file.update(status="running", started_at=time.time(), **self._position())
+            self.system.start()
         try:
             yield
         except BaseException:
@@ -234,7 +241,7 @@ class RunRecords:
                 train_loss=values.get("train/loss"), train_accuracy=values.get("train/token_accuracy"),
                 val_loss=values.get("eval/loss"), val_accuracy=values.get("eval/token_accuracy"),
                 learning_rate=values["train/learning_rate"], time_per_epoch=meter.epoch_seconds(),
-                memory_usage=memory_bytes, gpu_utilization=None,
+                memory_usage=memory_bytes, gpu_utilization=self.system.take_gpu_utilization(),
             )  # fmt: skip
 
     def event(self, step: int, event: str, **values: Any) -> None:
@@ -245,6 +252,35 @@ class RunRecords:
         if self.is_main and self.progress is not None:
             self.progress.advance()
             self.state_file.update(**self._position())
+            if figures := self.system.take():
+                self.metrics.write("system", self._position()["step"], **figures)
+
+    def alive(self) -> None:
+        """Renew `updated_at` of state.json, by which others tell a slow run, or a paused one, from a stuck one."""
+        if self.is_main and self.progress is not None:
+            self.state_file.update(**self._position())
+
+    def obeyed(self, what: str, command_id: Any = None) -> None:
+        """Say what has become of a command: pausing, paused, running (again) or saved."""
+        if not self.is_main:
+            return
+        step = self._position()["step"]
+        now, done = time.monotonic(), {"obeyed": {"id": command_id, "step": step}}
+        if what == "paused":
+            self._paused_at = now
+            self.event(step, "pause")
+        elif what == "running":
+            self.event(step, "resume", seconds=now - self._paused_at)
+        elif what == "saved":
+            self.event(step, "save")
+        status = self.state_file.values["status"] if what == "saved" else what
+        self.state_file.update(status=status, **self._position(), **(done if what != "pausing" else {}))
+
+    def stopping(self, reason: str) -> None:
+        """A stop is agreed, what remains is to save."""
+        if self.is_main:
+            self.event(self._position()["step"], "stop", reason=reason)
+            self.status("stopping")
 
     def status(self, status: str, exit_reason: str | None = None, exit_code: int | None = None) -> None:
         if self.is_main:
@@ -261,6 +297,7 @@ class RunRecords:
         if exit_reason == ALERT and self.alerts.stopping_for:
             exit_reason = f"{ALERT}: {self.alerts.stopping_for}"
         self.status(status, exit_reason)
+        self.system.close()
         if self.is_main:
             self.metrics.close()
             if self.progress is not None:
