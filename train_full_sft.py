@@ -89,7 +89,7 @@ from training.checkpoints import (
     verify,
     weights_to_export,
 )
-from training.control import EARLY, PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
+from training.control import EARLY, LOST_PEER, PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
 from training.doctor import check_start
 from training.ema import Ema
 from training.environment import write_descriptions
@@ -111,6 +111,7 @@ from training.process import (
     use_deterministic_kernels,
 )
 from training.records import Meter, RunRecords, StateFile
+from training.report import reported
 from training.sinks import sink_makers
 from training.stages import Stage, check_terms, idle_flags, read_stages, weighs
 from training.start import Start, begin, decide_start, has_begun, refuse_changes
@@ -127,7 +128,6 @@ Weights = dict[str, float]
 REFUSED = dict.fromkeys((UnsafeDataError, UnsafeModelError, UnsafeCheckpointError), 77)  # first: each is one of these
 EXIT_CODES = {**REFUSED, DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
 EXIT_BUG, EXIT_PREEMPTED = 70, 75
-LOST_PEER = "another process of the job is gone, see its message"
 
 
 @dataclass
@@ -412,14 +412,15 @@ def run(
     start = decide_start(save_dir, config.from_resume, config.overwrite, has_begun(save_dir))
     if lock:
         StateFile(save_dir / "state.json").say("pending", start.clears)
-    try:
-        return run_job(config, start, objective, extra_identity or {}, callbacks)
-    except Exception as error:
-        if lock:
-            reason = LOST_PEER if is_lost_peer(error) else out_of_memory(error) or f"{type(error).__name__}: {error}"
-            ended = {"exit_reason": reason, "exit_code": exit_code_of(error)}
-            StateFile(save_dir / "state.json").say("failed", start.clears, **ended)
-        raise
+    with reported(save_dir, wanted=bool(lock) and config.report):
+        try:
+            return run_job(config, start, objective, extra_identity or {}, callbacks)
+        except Exception as error:
+            if lock:
+                lost = LOST_PEER if is_lost_peer(error) else out_of_memory(error)
+                ended = {"exit_reason": lost or f"{type(error).__name__}: {error}", "exit_code": exit_code_of(error)}
+                StateFile(save_dir / "state.json").say("failed", start.clears, **ended)
+            raise
 
 
 def run_job(
@@ -549,7 +550,7 @@ def run_job(
 
     body, head = model.parameter_counts()
     device_name = device_name_of(device)
-    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), device_name, world_size)
+    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), config, device_name, world_size)
     questions = questions_of(data.held_out, config.eval_samples) if data.held_out and config.eval_samples else []
     evaluation = Evaluation(
         learner, held_out, questions, config.eval_samples_interval, tokenizer, ema, state, records
@@ -601,7 +602,7 @@ def run_job(
     with records.running(state, plan), SignalFlags() as signals:
         control = ControlFile(save_dir / "control.json") if processes.is_main else None
         stop_at = config.max_hours and started + 3600 * config.max_hours
-        wishes = Wishes(signals, control, stop_at, goal_reached=lambda: policies.stopped)
+        wishes = Wishes(signals, control, stop_at, lambda: policies.stopped, records.alerts.wants_stop)
         evaluate = partial(evaluation, wishes)
         hooks = Hooks(save, evaluate, adapt, checkpointer.finish, checkpointer.has_failed)
         with watchdog:

@@ -31,6 +31,7 @@ from scripts.evaluate import positive
 from scripts.verify import kill
 from training.arguments import parse_config
 from training.config import ALTERNATIVES, Config, ConfigError, field_types, make_config, overlay, unknown_flag
+from training.figures import GREY, new_figure, save_figure
 from training.metrics import read_records
 from training.yaml_files import parse_yaml
 
@@ -181,7 +182,7 @@ class Search:
 
         run = (self.options.study_dir / f"trial-{trial.number:04d}").resolve()
         values = suggest(trial, self.space)
-        own = {"save_dir": str(run), "overwrite": True, "save_interval": str(10**9)}
+        own = {"save_dir": str(run), "overwrite": True, "save_interval": str(10**9), "report": False}
         settings = run.with_suffix(".yaml")
         settings.write_text(yaml.safe_dump({**overlay(given_flags(self.config), values), **own}, allow_unicode=True))
         program = ["-m", "scripts.train_distillation"] if self.config.teacher else ["train_full_sft.py"]
@@ -275,24 +276,16 @@ def write_results(study: Any, space: dict[str, dict[str, Any]], metric: str, stu
 
 def draw(done: list[Any], space: dict[str, dict[str, Any]], metric: str, path: Path) -> None:
     """The metric over each searched flag, a panel for each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(space), figsize=(4 * len(space), 3.5), sharey=True, squeeze=False)
+    figure, panels = new_figure(1, len(space), size=(4 * len(space), 3.5), sharey=True)
     for axes, (name, choice) in zip(panels[0], space.items(), strict=True):
         values = [str(trial.params[name]) if "choices" in choice else trial.params[name] for trial in done]
         axes.scatter(values, [trial.value for trial in done], c=[t.number for t in done], cmap="viridis", s=28)
         axes.set(xlabel=name)
         if choice.get("log"):
             axes.set_xscale("log")
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set(ylabel=metric)
-    figure.suptitle("darker is earlier", fontsize=9, color="#888888")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    figure.suptitle("darker is earlier", fontsize=9, color=GREY)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,10 @@ CORE = [
 
 
 # What looks at a run and changes nothing that is trained: it could be taken away.
-WATCHING = {f"training/{name}.py" for name in ("doctor", "observe", "sinks", "system")}
+WATCHING = {
+    f"training/{name}.py"
+    for name in ("alerts", "diagnosis", "doctor", "figures", "observe", "plots", "report", "sinks", "system")
+}
 
 
 def room_of(path: Path) -> str:
@@ -88,7 +91,7 @@ def test_the_core_stays_small_enough_to_read():
     written = {name: lines_of_code(text) for name, text in texts.items()}
     watching = sum(written.pop(name) for name in WATCHING)
     assert sum(written.values()) <= 6800, written
-    assert watching <= 600, watching
+    assert watching <= 1600, watching
     assert lines_of_code('"""A\n\nB."""\n# c\n\nx = """\n"""  # d\n') == 2
 
 

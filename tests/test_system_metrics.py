@@ -9,6 +9,7 @@ import types
 import pytest
 
 from tests.small_world import log_of, records_of, result_of, train, write_rows
+from training.config import Config
 from training.records import Meter, RunRecords, StateFile
 from training.state import LoopState
 from training.system import SystemWatch, visible_gpus
@@ -171,7 +172,7 @@ def test_the_state_is_renewed_once_a_second_and_at_once_where_it_changes(tmp_pat
 
 def test_every_beat_of_a_running_loop_is_heard_of(tmp_path):
     plan = types.SimpleNamespace(total_steps=9, epochs=1, stage_of=lambda epoch: 0)
-    records, path = RunRecords(tmp_path, True, (1.0, 1.0), "cpu", 1), tmp_path / "state.json"
+    records, path = RunRecords(tmp_path, True, (1.0, 1.0), Config(), "cpu", 1), tmp_path / "state.json"
     watchdog = Watchdog(100.0, on_hang=print, on_beat=records.alive)
     watchdog.beat()
     assert not path.exists(), "nothing is under way yet"

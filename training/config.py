@@ -195,6 +195,9 @@ class Config:
     eval_samples_interval: int = flag(1, "evaluations from one such show to the next", group="run", minimum=1)
     eval_at_start: bool = flag(False, "validate once before the first step", group="run")
     log_interval: str = flag("100", "log every N steps or every 'Nepoch'", group="run", interval=True)
+    on_alert: str = flag("log", "what an alert of level error does (alerts.jsonl has them all): it is logged, or the run saves and stops", group="run", choices=("log", "stop"))
+    report: bool = flag(True, "write report/ (report.md, plots) when the run ends", group="run")
+    plot_interval: str | None = flag(None, "write it besides every N steps or 'Nepoch', in a process of its own (0 = never)", group="run", interval=True)
     export_ema: bool = flag(False, "final/ holds the moving average of --ema_decay", group="run")
     export_dtype: str = flag("float32", "dtype of final/", group="run", choices=("float32", "bfloat16", "float16"))
     report_to: str = flag("none", "where metrics go besides metrics.jsonl; all = both", group="run", choices=("none", "tensorboard", "wandb", "all"))
@@ -326,7 +329,8 @@ def field_types() -> dict[str, tuple[type, bool]]:
 
 def _convert(name: str, value: Any, plain: type, optional: bool, mapping: bool = False) -> Any:
     """The value in the field's type; text from the command line and scalars from YAML alike. Raises ValueError."""
-    if value is None or (optional and value == "none"):
+    off = ("none", "0", 0) if name == "plot_interval" else ("none",)
+    if value is None or (optional and value in off):
         if optional:
             return None
         raise ValueError(f"--{name} needs a value")

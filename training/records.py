@@ -14,9 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from training.alerts import AlertBook
+from training.config import Config
+from training.control import ALERT
 from training.metrics import MetricsLog, read_records, strict
 from training.observe import duration
 from training.plan import Plan
+from training.report import ReportEvery
 from training.state import LoopState
 from training.system import SystemWatch
 
@@ -142,8 +146,9 @@ class RunRecords:
     """The one place that the loop reports to; every method may be called on every rank and acts on rank 0."""
 
     def __init__(
-        self, save_dir: Path, is_main: bool, flops_per_token: tuple[float, float], device_name: str, devices: int
-    ):
+        self, save_dir: Path, is_main: bool, flops_per_token: tuple[float, float], config: Config, device_name: str,
+        devices: int,
+    ):  # fmt: skip
         """`flops_per_token`: of an input token, of a supervised token."""
         self.is_main = is_main
         gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_main and device_name != "cpu" else 0
@@ -151,6 +156,10 @@ class RunRecords:
         self._paused_at = 0.0
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(device_name, devices)
         self.metrics = MetricsLog(save_dir / "metrics.jsonl")
+        self.alerts = AlertBook(save_dir / "alerts.jsonl", config.grad_clip, stops=config.on_alert == "stop")
+        self.metrics.sinks.append(self.alerts)
+        if is_main and config.plot_interval:
+            self.metrics.sinks.append(ReportEvery(save_dir, config.plot_interval))
         self.state_file = StateFile(save_dir / "state.json")
         self.progress: Progress | None = None
         self.last_eval: dict[str, float] = {}
@@ -167,6 +176,9 @@ class RunRecords:
                 self.last_eval = {key: value for key, value in last.items() if key.startswith("eval/")}
                 self._last_eval_step = last["step"]
             self.progress = Progress(plan.total_steps, state.step)
+            self.alerts.start(
+                self.metrics.path, state.step, not state.unfinished, plan.total_steps, self.progress.line
+            )  # fmt: skip
             self._position = lambda: {  # asked for whenever something is said, so that it is never an old one
                 "step": state.step, "total_steps": plan.total_steps, "epoch": state.epoch,
                 "stage": plan.stage_of(min(state.epoch, plan.epochs - 1)),
@@ -282,6 +294,8 @@ class RunRecords:
         return self.last_eval if step == self._last_eval_step else {}
 
     def close(self, status: str, exit_reason: str | None = None) -> None:
+        if exit_reason == ALERT and self.alerts.stopping_for:
+            exit_reason = f"{ALERT}: {self.alerts.stopping_for}"
         self.status(status, exit_reason)
         self.system.close()
         if self.is_main:
