@@ -552,9 +552,8 @@ def run_job(
     device_name = device_name_of(device)
     records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), config, device_name, world_size)
     questions = questions_of(data.held_out, config.eval_samples) if data.held_out and config.eval_samples else []
-    evaluation = Evaluation(
-        learner, held_out, questions, config.eval_samples_interval, tokenizer, ema, state, records
-    )  # fmt: skip
+    every = config.eval_samples_interval
+    evaluation = Evaluation(learner, held_out, questions, every, tokenizer, ema, state, records)
     policies.check_metric(evaluation.names(filler))
 
     logger.info("%d steps, %s on %s", plan.total_steps, dtype_name, device)
@@ -639,7 +638,7 @@ def run_job(
         if policies.best:
             logger.info(
                 "best %s %.4f after step %d (epoch %d), %s in all", config.monitor_metric, policies.best["value"],
-                policies.best["step"], policies.best["epoch"], duration(time.monotonic() - started),
+                policies.best["step"], policies.best["epoch"], duration(records.seconds()),
             )  # fmt: skip
         done = "early stopping" if policies.stopped else "all steps done"
         records.close("stopped" if reason else "completed", reason or done)

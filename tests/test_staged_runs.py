@@ -199,6 +199,16 @@ def test_the_weights_of_terms_reach_the_gradient(tmp_path, rows):
     assert records_of(tmp_path / "rising", "train")[0]["train/grad_norm"] == 0.0
 
 
+def test_the_time_of_a_run_goes_on_after_a_resume(tmp_path, rows):
+    assert train(1, tmp_path / "run", data_path=str(rows), max_steps=4) == [0]
+    cut = resume_from(tmp_path / "run", 2, tmp_path / "cut")
+    state = json.loads((cut / "state.json").read_text())
+    (cut / "state.json").write_text(json.dumps({**state, "seconds": 5000.0, "status": "stopped"}))
+    assert train(1, cut, data_path=str(rows), max_steps=4, from_resume="1") == [0]
+    assert 5000.0 < json.loads((cut / "state.json").read_text())["seconds"] < 5100.0
+    assert 0.0 < state["seconds"] < 100.0
+
+
 def test_other_held_out_data_is_refused_where_something_follows_it(tmp_path, rows):
     held_out = shutil.copy(rows, tmp_path / "held_out.jsonl")
     flags = {"data_path": str(rows), "val_data_path": str(held_out), "eval_interval": "2", "max_steps": 4}

@@ -48,15 +48,19 @@ class StateFile:
 
         A finished run that could not be gone on with stays finished, and one that is still to be cleared as it was.
         """
-        said: Any = {}
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            said = json.loads(self.path.read_text(encoding="utf-8"))
-        said = said if isinstance(said, dict) else {}
+        said = self.read()
         if said.get("status") == "completed" or (clears and said and said.get("pid") != os.getpid()):
             return
         kept = {name: value for name, value in said.items() if name not in ("exit_reason", "exit_code")}
         self.values = {**kept, **self.values, "status": status, "updated_at": time.time(), **more}
         self._write()
+
+    def read(self) -> dict[str, Any]:
+        """What the file says, whoever wrote it; nothing where it cannot be read."""
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            said = json.loads(self.path.read_text(encoding="utf-8"))
+            return said if isinstance(said, dict) else {}
+        return {}
 
     def update(self, **values: Any) -> None:
         now = time.time()
@@ -165,6 +169,7 @@ class RunRecords:
         self.last_eval: dict[str, float] = {}
         self._last_eval_step = -1
         self._position: Callable[[], dict[str, Any]] = dict
+        self._began = time.monotonic()
 
     @contextlib.contextmanager
     def running(self, state: LoopState, plan: Plan) -> Iterator[None]:
@@ -179,9 +184,11 @@ class RunRecords:
             self.alerts.start(
                 self.metrics.path, state.step, not state.unfinished, plan.total_steps, self.progress.line
             )  # fmt: skip
+            before = self.state_file.read().get("seconds") if state.step else None
+            self._began = time.monotonic() - (before if isinstance(before, (int, float)) else 0.0)
             self._position = lambda: {  # asked for whenever something is said, so that it is never an old one
                 "step": state.step, "total_steps": plan.total_steps, "epoch": state.epoch,
-                "stage": plan.stage_of(min(state.epoch, plan.epochs - 1)),
+                "stage": plan.stage_of(min(state.epoch, plan.epochs - 1)), "seconds": self.seconds(),
             }  # fmt: skip
             self.state_file.update(status="running", started_at=time.time(), **self._position())
             self.system.start()
@@ -254,6 +261,10 @@ class RunRecords:
             self.state_file.update(**self._position())
             if figures := self.system.take():
                 self.metrics.write("system", self._position()["step"], **figures)
+
+    def seconds(self) -> float:
+        """How long the run has been running, earlier starts included and what lay between them not."""
+        return time.monotonic() - self._began
 
     def alive(self) -> None:
         """Renew `updated_at` of state.json, by which others tell a slow run, or a paused one, from a stuck one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -60,6 +61,9 @@ class TensorBoardSink:
         whole = whole or not history or not any(directory.glob(EVENT_FILES))
         # The last step of the history is written again: what was cut off may have been of the same step.
         first = 0 if whole else history[-1]["step"]
+        # Files are read in the order of their names, which tell starts apart by the second.
+        newest = max((int(path.name.split(".")[3]) for path in directory.glob(EVENT_FILES)), default=0)
+        time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
         self.writer = SummaryWriter(str(directory), purge_step=first)
         for record in history:
             if record["step"] >= first:
