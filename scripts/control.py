@@ -1,7 +1,8 @@
 """Steers a run through its control.json, and says what it is doing:   python -m scripts.control runs/mine pause
 
 The command is obeyed at the next step, by all processes together; --wait waits until it has been. Exit codes: 0 done,
-1 not obeyed in time, 2 the run cannot obey that as it is, or there is none (or a wrong flag), 74 its files cannot be read or written.
+1 not obeyed in time, 2 the run cannot obey that as it is, or there is no run (or a wrong flag), 74 its files cannot be
+read or written.
 """
 
 from __future__ import annotations

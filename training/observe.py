@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import socket
 import stat
@@ -93,8 +92,8 @@ def checked(said: dict[str, Any]) -> RunState:
         return value if type(value) is int and 0 <= value < 2**63 else None
 
     def real(name: str) -> float | None:
-        value = said.get(name)
-        return float(value) if type(value) in (int, float) and abs(value) < 2**63 and math.isfinite(value) else None
+        value: Any = said.get(name)
+        return float(value) if type(value) in (int, float) and abs(value) < 2**63 else None  # NaN is not, either
 
     def text(name: str) -> str | None:
         return value if isinstance(value := said.get(name), str) else None
