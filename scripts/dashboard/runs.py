@@ -188,7 +188,7 @@ def is_in_the_way(run_dir: Path, state: RunState) -> bool:
     return state.status in BUSY and (state.is_here or is_held(run_dir))
 
 
-def state_message(run_dir: Path) -> dict[str, Any]:
+def state_for_page(run_dir: Path) -> dict[str, Any]:
     """The state for the page and REST."""
     said: dict[str, Any] = clean(asdict(state_of(run_dir)))
     if launch := launch_of(run_dir):
@@ -348,7 +348,7 @@ def details(run_dir: Path) -> dict[str, Any]:
     """All that is known of a run but its series."""
     return {
         **progress(run_dir),
-        "state": state_message(run_dir),
+        "state": state_for_page(run_dir),
         "last": clean(last_records(run_dir)),
         "environment": read_json(run_dir, "environment.json"),
         "data_report": read_json(run_dir, "data_report.json"),
