@@ -35,6 +35,8 @@ LAUNCH = "launch.json"  # who was started from the page: {pid, created, processe
 SPARK_POINTS = 48
 BUSY = (*UNDER_WAY, "stalled")
 RESUMABLE = ("stopped", "crashed", "failed")  # and a stalled one that nobody here has
+NOT_BEGUN = ("unknown", "pending", "crashed", "failed")  # what a start that is ended before its first step looks like
+ENDING_SECONDS = 60.0  # that this takes at most
 DISTILLATION = ("-m", "scripts.train_distillation")
 TRAINER = ("train_full_sft.py",)
 
@@ -168,13 +170,15 @@ def state_of(run_dir: Path) -> RunState:
             state = replace(state, status="pending", exit_reason=None, accepts=())
         elif state.status not in BUSY:
             state = replace(state, status="failed", exit_reason="it ended before it began to train; the log says why")
-    if launch.get("stopped") and not launch["alive"] and state.status in ("unknown", "crashed", "failed"):
-        state = replace(state, status="stopped", exit_reason="a stop command before it began to train")
+    told = _number(launch.get("stopped"))
+    if told and (state.updated_at or 0.0) < told + ENDING_SECONDS and state.status in NOT_BEGUN:
+        status = "stopping" if launch["alive"] else "stopped"
+        state = replace(state, status=status, exit_reason="a stop command before it began to train", accepts=())
     accepts = state.accepts
     if is_resumable(run_dir, state) and _changed(run_dir / "config.yaml"):
         accepts = (RESUME,)
     elif state.status == "pending":
-        accepts = (STOP,) if launch.get("alive") and not launch.get("stopped") else ()
+        accepts = (STOP,) if launch.get("alive") else ()
     return replace(state, accepts=accepts)
 
 
