@@ -383,6 +383,7 @@ def test_controls_compare_marks_and_alerts(browser, place):
     events = [{"step": s, "time": 1.7e9, "kind": "event", "event": "checkpoint"} for s in (20, 40)]
     events.append({"step": 30, "time": 1.7e9, "kind": "event", "event": "stage", "name": "second"})
     events.append({"step": 40, "time": 1.7e9, "kind": "eval", "eval/loss": 2.5})
+    events += [{"step": 50, "time": 1.7e9, "kind": "event", "event": name} for name in ("pause", "resume", "save")]
     write_records(run, events, "a")
     alert = {
         "level": "warning",
@@ -397,7 +398,7 @@ def test_controls_compare_marks_and_alerts(browser, place):
     tab.wait("window.__dashboard.drawn > 0")
     page, loss = tab.page, "document.querySelector('[data-testid=chart-loss] .plot')"
     page.locator(".alerts").get_by_text("look there").wait_for()
-    assert len(page.evaluate(f"{loss}.layout.shapes")) == 4
+    assert len(page.evaluate(f"{loss}.layout.shapes")) == 5
     assert "2.5 at step 40" in page.get_by_test_id("card-eval").inner_text().replace("2.500", "2.5")
     raw, smoothed = page.evaluate(f"{loss}.data.slice(0, 2).map((t) => t.y)")
     mean, weight = 0.0, 0.6
