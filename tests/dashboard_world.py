@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,8 @@ def end_children(runs_dir: Path) -> None:
         launch = launch_of(path.parent)
         if launch.get("alive"):
             os.killpg(launch["pid"], signal.SIGKILL)
+            with suppress(ChildProcessError):  # of another process
+                os.waitpid(launch["pid"], 0)
 
 
 def record(step: int, **values: Any) -> dict[str, Any]:
