@@ -23,7 +23,7 @@ from typing import Any
 
 from training.alerts import read_alerts
 from training.diagnosis import ERROR, MEMORY
-from training.observe import duration, read_state
+from training.observe import duration, run_state, runs_beside
 from training.plots import read_curves, write_plots
 from training.report import config_of, one_line, write_report
 
@@ -127,13 +127,13 @@ class View:
 
     def look(self) -> None:
         self.tail.read()
-        self.state, self.alerts = read_state(self.run), read_alerts(self.run)
+        self.state, self.alerts = run_state(self.run), read_alerts(self.run)
         trained = [record for record in self.tail.records if record.get("kind") == "train"]
         self.last: dict[str, Any] = trained[-1] if trained else {}
 
     @property
     def status(self) -> str:
-        return str(self.state["status"])
+        return self.state.status
 
     @property
     def has_ended(self) -> bool:
@@ -145,7 +145,7 @@ class View:
 
     def line(self) -> str:
         """The run in one line, for a place that is no terminal."""
-        step, total = self.state.get("step", 0), self.state.get("total_steps", 0)
+        step, total = self.state.step or 0, self.state.total_steps or 0
         parts = [self.status, f"step {step}/{total}"]
         if self.last:
             parts += [f"loss {self.number('train/loss')} {arrow(self.tail.values('train/loss'))}"]
@@ -159,24 +159,24 @@ class View:
             parts.append(f"{self.metric} {held_out[-1]:.4f} {arrow(held_out)}")
         if self.status == "running" and isinstance(self.last.get("eta_seconds"), (int, float)):
             parts.append(f"eta {duration(self.eta())}")
-        if self.has_ended and self.state.get("exit_reason"):
-            parts.append(one_line(self.state["exit_reason"]))
+        if self.has_ended and self.state.exit_reason:
+            parts.append(one_line(self.state.exit_reason))
         if self.alerts:
             parts.append(f"{len(self.alerts)} alerts")
         return "  ".join(parts)
 
     def eta(self) -> float:
         """Seconds left, by the pace of the newest record from where the run is now."""
-        left = int(self.state.get("total_steps", 0)) - int(self.state.get("step", 0))
-        return max(0, left) * float(self.last.get("train/seconds_per_step") or 0.0)
+        left, pace = (self.state.total_steps or 0) - (self.state.step or 0), self.last.get("train/seconds_per_step")
+        return max(0, left) * pace if isinstance(pace, (int, float)) else 0.0
 
     def screen(self, width: int) -> list[str]:
         """The run as lines of at most so many characters, escape sequences not counted."""
-        step, total = int(self.state.get("step", 0)), int(self.state.get("total_steps", 0))
-        share, losses, held_out = step / total if total else 0.0, *(
+        step, total = self.state.step or 0, self.state.total_steps or 0
+        share, losses, held_out = self.state.share or 0.0, *(
             self.tail.values(*names) for names in (("train/loss",), (self.metric, "eval"))
         )  # fmt: skip
-        reason = f" ({one_line(self.state['exit_reason'])})" if self.state.get("exit_reason") else ""
+        reason = f" ({one_line(self.state.exit_reason)})" if self.state.exit_reason else ""
         lines = [f"{self.run}  {self.status}{reason}"[:width]]
         lines[0] = BOLD + lines[0] + PLAIN
         eta = f"  eta {duration(self.eta())}" if self.status == "running" and self.last else ""
@@ -301,7 +301,7 @@ def watch(run: Path, interval: float, draws: bool) -> None:
 
 def draw_once(run: Path, mode: str) -> bool:
     """Write the plots or the report; returns whether the run has ended."""
-    status = read_state(run)["status"]
+    status = run_state(run).status
     if mode == "report":
         print(f"report: {write_report(run)}", flush=True)
     else:
@@ -314,16 +314,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     run, interval = options.run, options.interval or INTERVAL_SECONDS
     try:
-        read_state(run)
+        run_state(run)
         if options.mode in ("all", "monitor"):
             watch(run, interval, draws=options.mode == "all")
         else:
             while not draw_once(run, options.mode) and options.interval and options.mode == "plot":
                 time.sleep(interval)
     except FileNotFoundError:
-        beside = sorted(path.parent.name for path in run.glob("*/state.json")) if run.is_dir() else []
-        hint = f"; there are runs in it: {', '.join(beside[:8])}" if beside else ""
-        print(f"error: {run} is no run: it has no state.json{hint}", file=sys.stderr)
+        print(f"error: {runs_beside(run)}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

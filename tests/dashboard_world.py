@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from websockets.sync.client import ClientConnection, connect
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def stub(processes: int, flags: list[str]) -> list[str]:
+def stub(processes: int, words: list[str]) -> list[str]:
     """In the place of torchrun: this file, as a trainer that only writes and obeys."""
-    return [sys.executable, "-m", "tests.dashboard_world", "train", str(processes), *flags]
+    return [sys.executable, "-m", "tests.dashboard_world", "train", str(processes), *words]
 
 
 class Served:
@@ -140,6 +140,8 @@ def end_children(runs_dir: Path) -> None:
         launch = launch_of(path.parent)
         if launch.get("alive"):
             os.killpg(launch["pid"], signal.SIGKILL)
+            with suppress(ChildProcessError):  # of another process
+                os.waitpid(launch["pid"], 0)
 
 
 def record(step: int, **values: Any) -> dict[str, Any]:
@@ -206,10 +208,10 @@ def train(flags: dict[str, str]) -> None:
     if flags.get("from_resume") == "1":
         first = int(json.loads((run_dir / "checkpoint.json").read_text())["step"])
     log.start(first)
-    paused, step, since = False, first, time.time()
+    paused, step, since, obeyed = False, first, time.time(), None
 
     def say(status: str, **values: Any) -> None:
-        state = {"step": step, "total_steps": total, "started_at": since, **values}
+        state = {"step": step, "total_steps": total, "started_at": since, "obeyed": obeyed, **values}
         write_state(run_dir, status, **state)
 
     def save() -> None:
@@ -219,11 +221,14 @@ def train(flags: dict[str, str]) -> None:
     say("running")
     while step < total:
         command = control.read()
+        if command in ("save", "pause"):
+            save()
+        if command:
+            obeyed = {"id": control.last_id, "step": step}
         if command in ("pause", "resume"):
             paused = command == "pause"
             say("paused" if paused else "running")
-        if command in ("save", "pause"):
-            save()
+            log.write("event", step, event=command)
         if command == "stop":
             save()
             say("stopped", exit_reason="a stop command")
@@ -245,8 +250,8 @@ def train(flags: dict[str, str]) -> None:
 
 def main(words: list[str]) -> None:
     if words[0] == "train":
-        print("the stub trains with", *words[2:], flush=True)
-        train(dict(word.removeprefix("--").split("=", 1) for word in words[2:]))
+        print("the stub trains with", os.environ["OMP_NUM_THREADS"], "threads:", *words[2:], flush=True)
+        train(dict(word.removeprefix("--").split("=", 1) for word in words[2:] if word.startswith("--")))
     else:
         from scripts.dashboard.jobs import torchrun
         from scripts.dashboard.security import make_token

@@ -129,9 +129,55 @@ def test_what_cannot_be_done_is_said(tmp_path, capsys, words, state, code, said)
     assert said in capsys.readouterr().err
 
 
-def test_a_run_that_is_not_there_cannot_be_read(tmp_path, capsys):
-    assert control.main([str(tmp_path / "none"), "status"]) == 74
-    assert "state.json" in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["status", "pause"])
+def test_where_there_is_no_run_that_is_said_with_its_neighbours(tmp_path, capsys, command):
+    assert control.main([str(tmp_path / "none"), command]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/none is no run: it has no state.json\n"
+    (tmp_path / "mine").mkdir()
+    make_run(tmp_path / "mine")
+    assert control.main([str(tmp_path), command]) == 2
+    assert "there are runs in it: mine" in capsys.readouterr().err
+    assert control.main([str(tmp_path / "none"), command]) == 2
+    assert f"there are runs in {tmp_path}: mine" in capsys.readouterr().err
+
+
+def test_a_damaged_state_is_read_without_a_traceback(tmp_path, capsys):
+    odd = {"step": "12", "total_steps": "x", "epoch": None, "updated_at": "now", "pid": "me", "obeyed": {"id": 1}}
+    run = make_run(tmp_path, host="elsewhere", exit_reason={"a": 1}, **odd)
+    assert control.main([run, "status"]) == 0
+    assert capsys.readouterr().out == f"{run}: running, process None on elsewhere\n"
+    assert control.main([run, "status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] is None
+    assert control.main([run, "save", "--wait", "--timeout", "0.1"]) == 1
+
+
+def test_waiting_ends_when_another_command_has_come_since(tmp_path, capsys):
+    import threading
+
+    run = make_run(tmp_path, started_at=time.time() - 9)
+    stop = threading.Timer(0.3, control.send_command, (tmp_path, "stop"))
+    stop.start()
+    assert control.main([run, "pause", "--wait", "--timeout", "20"]) == 2
+    stop.join()
+    assert "asked to stop since, and may not have obeyed pause" in capsys.readouterr().err
+    assert control.main([run, "save"]) == 2
+    assert "has not obeyed stop yet" in capsys.readouterr().err
+
+
+def test_waiting_for_a_save_ends_with_the_pause_that_has_taken_its_place(tmp_path, capsys):
+    import threading
+
+    run = make_run(tmp_path, started_at=time.time() - 9)
+
+    def pause():
+        control.send_command(tmp_path, "pause")
+        time.sleep(0.3)
+        make_run(tmp_path, started_at=time.time() - 9, status="paused")
+
+    timer = threading.Timer(0.3, pause)
+    timer.start()
+    assert control.main([run, "save", "--wait", "--timeout", "20"]) == 0
+    timer.join()
 
 
 def test_a_command_that_is_none_is_a_wrong_use(tmp_path, capsys):

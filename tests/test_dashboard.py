@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -228,11 +230,15 @@ def test_a_long_run_is_thinned_without_losing_a_spike(place):
 
 def test_commands_reach_the_run_and_the_wrong_ones_do_not(place):
     run = make_run(place.runs_dir, "commanded")
-    for command in ("pause", "save", "stop"):
+    assert place.get("/runs/commanded/progress")["accepts"] == ["pause", "save", "stop"]
+    for command in ("save", "pause", "stop"):  # each takes the place of the one before
         answer = place.post(f"/runs/commanded/{command}")
         assert answer.status_code == 202
         content = json.loads((run / "control.json").read_text())
         assert content == {"id": answer.json()["request"], "command": command}
+    lost = place.post("/runs/commanded/pause")
+    assert lost.status_code == 409 and lost.json()["error"].startswith("commanded has not obeyed stop yet")
+    assert place.get("/runs/commanded/progress")["accepts"] == ["stop"]
     (run / "control.json").unlink()
     assert place.post("/runs/commanded/resume").status_code == 409
     write_state(run, "paused")
@@ -249,6 +255,131 @@ def test_commands_reach_the_run_and_the_wrong_ones_do_not(place):
     assert not (run / "control.json").exists()
     assert place.post("/runs/nobody/pause").status_code == 404
     assert place.post("/runs/commanded/explode").status_code == 404
+
+
+def test_a_damaged_state_is_answered_with_nothing_in_its_place(place):
+    run = make_run(place.runs_dir, "damaged")
+    write_state(run, "running", step="12", total_steps="x", seconds=[], started_at="yesterday")
+    found = place.get("/runs/damaged/progress")
+    assert found["status"] == "running"
+    assert (found["step"], found["total_steps"], found["share"], found["elapsed_seconds"]) == (None,) * 4
+    assert "damaged" in [each["id"] for each in place.get("/runs")["runs"]]
+
+
+def test_the_time_of_a_run_is_that_of_all_its_starts(place):
+    run = make_run(place.runs_dir, "twice-started", seconds=7205.5)
+    assert place.get("/runs/twice-started/progress")["elapsed_seconds"] == 7205.5
+    write_state(run, "running")
+    assert place.get("/runs/twice-started/progress")["elapsed_seconds"] == pytest.approx(60, abs=1)
+
+
+def test_the_last_evaluation_is_found_behind_much_else(place):
+    run = make_run(place.runs_dir, "seldom", steps=3)
+
+    def held_out():
+        listed = {each["id"]: each for each in place.get("/runs")["runs"]}["seldom"]["eval_loss"]
+        assert place.get("/runs/seldom/progress")["eval_loss"] == listed
+        return listed
+
+    def evaluation(loss):
+        return {"step": 3, "time": time.time(), "kind": "eval", "eval/loss": loss}
+
+    assert held_out() is None
+    write_records(run, [evaluation(2.5), *(record(step) for step in range(4, 12_004))], "a")  # 3 MB
+    assert held_out() == 2.5 and held_out() == 2.5
+    write_records(run, [evaluation(2.25), *(record(step) for step in range(4, 1000))], "a")
+    assert held_out() == 2.25
+    write_records(run, [record(step) for step in range(4, 1000)], "a")
+    assert held_out() == 2.25
+    write_records(run, [record(step, time=5e9) for step in range(1, 9000)])  # another run in its place
+    assert held_out() is None
+
+
+def test_the_last_record_of_a_kind_is_found_across_the_chunks_of_a_file(tmp_path, monkeypatch):
+    from scripts.dashboard import runs
+
+    monkeypatch.setattr(runs, "MAX_JSON_BYTES", 300)
+    for shift in range(0, 300, 7):
+        path = tmp_path / "metrics"
+        lines = [{"step": 1, "kind": "eval", "x": "first"}, {"step": 2, "kind": "eval", "x": "y" * 80}]
+        lines += [{"step": 3, "kind": "train", "note": 'no "eval"' + "z" * shift}]
+        lines += [{"step": 4, "kind": "train", "note": "z" * 90}] * 9
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with open(path, "rb") as file:
+            assert runs.last_of_kind(file, "eval", 0, path.stat().st_size)["step"] == 2
+            assert runs.last_of_kind(file, "epoch", 0, path.stat().st_size) == {}
+
+
+def test_a_run_of_another_host_is_not_in_the_way_and_a_silent_one_is_taken_over(tmp_path):
+    with served(tmp_path / "runs") as place:
+        body = {"save_dir": str(place.runs_dir / "new"), "max_steps": 2, "device": "cpu"}
+        far = make_run(place.runs_dir, "far", host="elsewhere", max_steps=25)
+        (far / "config.yaml").write_text("data_path: demo\ndevice: cpu\nmax_steps: 25\n")
+        (far / "checkpoint.json").write_text('{"step": 20}')
+        assert place.post("/runs/far/resume").status_code == 409, "it may be training there"
+        over = place.post("/runs", {**body, "save_dir": str(far), "overwrite": True})
+        assert over.status_code == 409
+        assert place.post("/runs", body).status_code == 201
+        place.wait_for(lambda: place.status("new") == "completed")
+        write_state(far, "running", host="elsewhere", updated_at=time.time() - 600)
+        assert place.status("far") == "stalled" and place.get("/runs/far")["accepts"] == ["resume"]
+        place.wait_for(lambda: place.post("/runs/far/resume").status_code == 202)
+        place.wait_for(lambda: place.status("far") == "completed")
+
+
+def test_a_run_that_a_process_holds_is_in_the_way_wherever_it_says_that_it_is(tmp_path):
+    with served(tmp_path / "runs") as place:
+        far = make_run(place.runs_dir, "far", host="elsewhere", updated_at=time.time() - 600)
+        program = (
+            "import sys, pathlib, training.lock as l; f = l.lock_run(pathlib.Path(sys.argv[1])); print(1); input()"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", program, str(far)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as holder:
+            assert holder.stdout.readline() == "1\n"
+            assert place.status("far") == "stalled" and place.get("/runs/far")["accepts"] == []
+            assert place.post("/runs/far/resume").status_code == 409
+            body = {"save_dir": str(place.runs_dir / "new"), "max_steps": 2, "device": "cpu"}
+            assert place.post("/runs", body).status_code == 409
+            holder.communicate("\n")
+        assert place.get("/runs/far")["accepts"] == ["resume"]
+
+
+def test_a_run_that_does_not_train_yet_is_stopped(tmp_path):
+    def slow(processes, words):
+        return [sys.executable, "-c", "import time; time.sleep(100)"]
+
+    with served(tmp_path / "runs", slow) as place:
+        make_run(place.runs_dir, "of-a-terminal", status="pending")
+        assert place.post("/runs/of-a-terminal/stop").status_code == 409
+        write_state(place.runs_dir / "of-a-terminal", "stopped")
+        assert place.post("/runs", {"save_dir": str(place.runs_dir / "new"), "device": "cpu"}).status_code == 201
+        found = place.get("/runs/new")
+        assert (found["status"], found["accepts"], found["state"]["accepts"]) == ("pending", ["stop"], ["stop"])
+        assert place.post("/runs/new/pause").status_code == 409
+        assert place.post("/runs/new/stop").status_code == 202
+        place.wait_for(lambda: place.status("new") == "stopped", 10)
+        assert place.get("/runs/new")["exit_reason"] == "a stop command before it began to train"
+        assert place.post("/runs/new/stop").status_code == 409
+
+
+def test_a_resume_has_the_threads_of_the_run_and_a_teacher_its_program(tmp_path):
+    with served(tmp_path / "runs") as place:
+        body = {"save_dir": str(place.runs_dir / "new"), "max_steps": 3000, "device": "cpu", "teacher": "runs/x/final"}
+        assert place.post("/runs", body).status_code == 201
+        place.wait_for(lambda: (place.get("/runs/new/progress")["step"] or 0) > 2)
+        assert " -m scripts.train_distillation --" in place.get("/runs/new/log")["text"]
+        command = place.get("/runs/new/config")["command"]
+        assert "--nproc_per_node=1 -m scripts.train_distillation --" in command
+        place.post("/runs/new/stop")
+        place.wait_for(lambda: place.status("new") == "stopped")
+        (place.runs_dir / "new" / "environment.json").write_text('{"world_size": 1, "threads_per_process": 13}')
+        place.wait_for(lambda: place.post("/runs/new/resume").status_code == 202)
+        place.wait_for(lambda: place.status("new") == "running")
+        line = place.get("/runs/new/log")["text"].splitlines()[-1]
+        assert " 13 threads: -m scripts.train_distillation --config=" in line
+        place.post("/runs/new/stop")
+        place.wait_for(lambda: place.status("new") == "stopped")
 
 
 def test_wrong_flags_are_told_by_their_names(tmp_path):
@@ -311,8 +442,6 @@ def test_a_run_is_started_stopped_and_resumed_with_the_stub(tmp_path):
 
 
 def test_a_start_that_fails_says_so(tmp_path):
-    import sys
-
     def broken(processes, flags):
         return [sys.executable, "-c", "print('no such thing'); raise SystemExit(2)"]
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 
 import pytest
@@ -136,7 +137,8 @@ def test_live_points_pause_resume_and_stop(browser, tmp_path):
         assert ended == list(range(1, len(ended) + 1)) and (place.runs_dir / "live" / "checkpoint.json").exists()
         tab.page.get_by_role("button", name="Resume").click()
         tab.wait_for_step(ended[-1] + 5)
-        assert tab.steps() == list(range(1, tab.steps()[-1] + 1))
+        steps = tab.steps()
+        assert steps == list(range(1, steps[-1] + 1))
         place.post("/runs/live/stop")
         tab.wait_for_status("stopped")
         tab.close()
@@ -207,6 +209,122 @@ def test_bad_numbers_and_hostile_text_are_shown_as_what_they_are(browser, place)
     tab.close()
 
 
+def test_the_report_of_the_trainer_reads_as_it_was_meant(browser, place):
+    from training.report import write_report
+
+    run = make_run(place.runs_dir, "a_b*c*-[d]", steps=30)
+    odd = "1 < 2 && `x` *y* | z_z \\\\ [a](b) <i>&amp;</i> **no**"
+    answer = "```` four\n```\n| a | b |\n\\* &lt;"
+    sample = {"kind": "event", "event": "sample", "time": 1.0, "step": 30, "exact": False}
+    write_records(run, [{**sample, "prompt": "# p", "expected": "", "answer": answer}], "a")
+    alert = {
+        "level": "error",
+        "rule": "loss_spike",
+        "step": 9,
+        "time": 1.0,
+        "numbers": {"z_score": 7.5},
+        "kind": "train",
+    }
+    (run / "alerts.jsonl").write_text(json.dumps({**alert, "advice": odd}) + "\n")
+    write_state(run, "failed", exit_reason=odd, step=30)
+    (run / "final").mkdir()
+    text = write_report(run, plots=False).read_text()
+    assert r"1 \< 2 &amp;&amp; \`x\`" in text and "`````text" in text
+    (run / "report" / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    tab = Tab(browser, place, "#/run/" + "a_b*c*-%5Bd%5D")
+    tab.page.get_by_role("tab", name="Report").click()
+    tab.wait("document.querySelectorAll('#panel-report table').length > 1")
+    report = tab.page.locator("#panel-report")
+    assert report.locator("h2").first.text_content() == "a_b*c*-[d]: failed"
+    rows = {row[0]: row[1:] for row in tab.page.evaluate(
+        "[...document.querySelectorAll('#panel-report tr')].map((r) => [...r.children].map((c) => c.textContent))"
+    )}  # fmt: skip
+    assert rows["ended by"] == [odd] and rows["status"] == ["failed"]
+    assert rows["9"] == ["error", "loss_spike", "z_score 7.5"]
+    item = report.locator("li").filter(has_text="loss_spike")
+    assert (
+        item.text_content() == f"loss_spike (step 9): {odd}" and item.locator("strong").text_content() == "loss_spike"
+    )
+    assert report.locator("pre").text_content() == f"prompt:\n# p\n\nexpected:\n\n\nanswer:\n{answer}"
+    assert f"python -m scripts.chat {run}/final" in report.locator("code").all_text_contents()
+    assert report.locator("i, a").count() == 0
+    tab.close()
+
+
+def test_markdown_takes_time_in_proportion_to_its_length(browser, place):
+    tab = Tab(browser, place)
+    for unit in ("`", "``x`", "**", "*", "![", "](", "\\\\", "|", "&", "[", "![](", "** ` ![a](b"):
+        seconds = tab.page.evaluate(
+            """async (unit) => {
+                const { render } = await import("/markdown.js");
+                const text = unit.repeat(Math.ceil(200000 / unit.length)), started = performance.now();
+                render(text, (source, title) => title);
+                return (performance.now() - started) / 1000;
+            }""",
+            unit,
+        )
+        assert seconds < 3, unit
+    tab.close()
+
+
+def test_alerts_are_errors_first_then_the_newest(browser, place):
+    run = make_run(place.runs_dir, "alarmed", steps=30)
+    alerts = [
+        {"level": level, "rule": rule, "step": step, "time": 1.0, "numbers": {"tokens": 12345.0, "z": 7.25, "steps": 3}}
+        for level, rule, step in (
+            ("error", "old", 2),
+            ("error", "new", 9),
+            ("warning", "late", 20),
+            ("info", "last", 30),
+        )
+    ]
+    (run / "alerts.jsonl").write_text("".join(json.dumps(alert) + "\n" for alert in alerts))
+    tab = Tab(browser, place, "#/run/alarmed")
+    tab.wait("document.querySelectorAll('.alerts .alert').length === 4")
+    assert tab.page.locator(".alerts strong").all_text_contents() == ["new", "old", "last", "late"]
+    assert tab.page.locator(".alerts .numbers").first.text_content() == "tokens 12,345 · z 7.250 · steps 3"
+    tab.close()
+
+
+def test_the_buttons_are_those_that_the_run_accepts(browser, place):
+    run = make_run(place.runs_dir, "buttons", steps=5, seconds=7322.0)
+    tab = Tab(browser, place, "#/run/buttons")
+
+    def wait_for_buttons(*names):
+        shown = "[...document.querySelectorAll('.head .actions > [data-command]')].filter((b) => !b.hidden)"
+        tab.wait(f"{shown}.map((b) => b.dataset.command).join(' ') === {json.dumps(' '.join(names))}")
+
+    wait_for_buttons("pause", "save", "stop")
+    assert tab.page.get_by_test_id("when").inner_text().startswith("2h 02m"), "over all starts"
+    place.post("/runs/buttons/save")
+    place.post("/runs/buttons/stop")
+    wait_for_buttons("stop")
+    tab.page.get_by_role("button", name="Stop").click()
+    tab.page.get_by_test_id("confirm-stop").click()
+    write_state(run, "stalled", host="elsewhere", seconds=1.0)
+    wait_for_buttons("resume")
+    write_state(run, "completed")
+    wait_for_buttons()
+    assert not [e for e in tab.page.evaluate("window.__dashboard.data.events") if e["event"] == "pause"]
+    tab.close()
+
+
+def test_a_run_that_does_not_train_yet_is_stopped_on_the_page(browser, tmp_path):
+    def slow(processes, words):
+        return [sys.executable, "-c", "import time; time.sleep(100)"]
+
+    with served(tmp_path / "runs", slow) as place:
+        assert place.post("/runs", {"save_dir": str(place.runs_dir / "new"), "device": "cpu"}).status_code == 201
+        tab = Tab(browser, place, "#/run/new")
+        tab.wait_for_status("pending")
+        tab.page.get_by_role("button", name="Stop").click()
+        tab.page.get_by_text("It has not begun to train").wait_for()
+        tab.page.get_by_test_id("confirm-stop").click()
+        tab.wait_for_status("stopped")
+        assert not tab.page.locator(".head .actions > button:visible").count()
+        tab.close()
+
+
 def test_two_tabs_agree(browser, place):
     run = make_run(place.runs_dir, "twice", steps=15)
     tabs = [Tab(browser, place, "#/run/twice") for _ in range(2)]
@@ -266,6 +384,7 @@ def test_controls_compare_marks_and_alerts(browser, place):
     events = [{"step": s, "time": 1.7e9, "kind": "event", "event": "checkpoint"} for s in (20, 40)]
     events.append({"step": 30, "time": 1.7e9, "kind": "event", "event": "stage", "name": "second"})
     events.append({"step": 40, "time": 1.7e9, "kind": "eval", "eval/loss": 2.5})
+    events += [{"step": 50, "time": 1.7e9, "kind": "event", "event": name} for name in ("pause", "resume", "save")]
     write_records(run, events, "a")
     alert = {
         "level": "warning",
@@ -280,7 +399,7 @@ def test_controls_compare_marks_and_alerts(browser, place):
     tab.wait("window.__dashboard.drawn > 0")
     page, loss = tab.page, "document.querySelector('[data-testid=chart-loss] .plot')"
     page.locator(".alerts").get_by_text("look there").wait_for()
-    assert len(page.evaluate(f"{loss}.layout.shapes")) == 4
+    assert len(page.evaluate(f"{loss}.layout.shapes")) == 5
     assert "2.5 at step 40" in page.get_by_test_id("card-eval").inner_text().replace("2.500", "2.5")
     raw, smoothed = page.evaluate(f"{loss}.data.slice(0, 2).map((t) => t.y)")
     mean, weight = 0.0, 0.6

@@ -127,6 +127,14 @@ def test_what_is_no_run_is_said(tmp_path, run, capsys):
         main([str(run), "--interval", "0"])
 
 
+def test_a_damaged_state_is_shown_without_its_values(run, capsys):
+    say(run, status="completed", step="12", total_steps="x", exit_reason=[1])
+    for mode in ("all", "monitor", "plot", "report"):
+        assert main([str(run), "--mode", mode]) == 0
+    assert "completed  step 0/0  loss" in capsys.readouterr().out
+    assert any("step 0/0" in line for line in View(run).screen(80))
+
+
 def test_the_tail_follows_growth_cuts_and_exchange(tmp_path):
     path = tmp_path / "metrics.jsonl"
     tail = Tail(path)

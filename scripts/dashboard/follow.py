@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from scripts.dashboard.history import MAX_POINTS, History
-from scripts.dashboard.runs import UnknownRunError, clean, open_inside, parse_record, sample_records, state_of
+from scripts.dashboard.runs import UnknownRunError, clean, open_inside, parse_record, sample_records, state_for_page
 
 CHUNK_BYTES = 1 << 20
 DIGEST_BYTES = 512
@@ -291,7 +291,7 @@ class Tail:
                 self.history.add_alerts(list(self.reader.alerts()))
             told = [message("reset", Position()), self.snapshot()]
         if look or not self.state:
-            state = state_of(self.run_dir)
+            state = state_for_page(self.run_dir)
             if state != self.state:
                 self.state = state
                 told.append(self.state_message())

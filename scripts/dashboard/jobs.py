@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -22,24 +23,29 @@ import psutil
 from scripts.dashboard.runs import (
     BUSY,
     LAUNCH,
+    RESUMABLE,
     Runs,
     UnknownRunError,
     as_flags,
+    is_in_the_way,
+    is_resumable,
     launch_of,
     processes_of,
+    program_of,
     read_config,
     state_of,
+    threads_of,
 )
 from scripts.dashboard.system import read_gpus
 from training.config import ConfigError, field_types, make_config
 from training.files import replace_json
+from training.observe import UNDER_WAY, WrongStateError, is_held
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_PROCESSES = 64
 ENDING_SECONDS = 20.0
 FLAG = re.compile(r"--(\w+)")
-RESUMABLE = ("stopped", "crashed", "failed")
 
 Launcher = Callable[[int, list[str]], list[str]]
 
@@ -56,10 +62,10 @@ class FlagError(ValueError):
         self.errors = errors
 
 
-def torchrun(processes: int, flags: list[str]) -> list[str]:
-    """The command of a run: torchrun of the Python that runs this server."""
+def torchrun(processes: int, words: list[str]) -> list[str]:
+    """The command of a run, a program and its flags: torchrun of the Python that runs this server."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launcher, str(ROOT / "train_full_sft.py"), *flags]
+    return [*launcher, *words]
 
 
 def by_flag(problems: list[str]) -> dict[str, list[str]]:
@@ -96,21 +102,34 @@ class Jobs:
         if errors or run_dir is None:
             raise FlagError(errors)
         given = {name: getattr(config, name) for name in values if getattr(config, name) is not None}
-        flags = as_flags({**given, "save_dir": str(run_dir)})
-        self._launch(run_dir, processes, flags, config.device)
+        words = [*program_of(given), *as_flags({**given, "save_dir": str(run_dir)})]
+        self._launch(run_dir, processes, words, config.device)
         return run_dir.name
 
     def resume(self, run_dir: Path, processes: int | None = None) -> None:
         """Start a run again that has ended before its time. Raises BusyError, UnknownRunError where it never began."""
-        status = state_of(run_dir)["status"]
-        if status not in RESUMABLE:
-            raise BusyError(f"the run is {status}, and resume needs one that is paused, {', '.join(RESUMABLE)}")
+        state = state_of(run_dir)
+        if not is_resumable(run_dir, state):
+            raise BusyError(f"the run is {state.status}, and resume needs one that is paused, {', '.join(RESUMABLE)}")
         try:
-            device = str(read_config(run_dir)["values"].get("device", "auto"))
+            values = read_config(run_dir)["values"]
         except UnknownRunError:
             raise BusyError("the run has not come far enough to be resumed: start it again") from None
         flags = [f"--config={run_dir / 'config.yaml'}", "--from_resume=1", f"--save_dir={run_dir}"]
-        self._launch(run_dir, processes or processes_of(run_dir), flags, device)
+        device, threads = str(values.get("device", "auto")), threads_of(run_dir)
+        self._launch(run_dir, processes or processes_of(run_dir), [*program_of(values), *flags], device, threads)
+
+    def stop_pending(self, run_dir: Path) -> None:
+        """End a run that has been started from here and does not train yet. Raises WrongStateError."""
+        with self.lock:
+            launch = launch_of(run_dir)
+            if not launch.get("alive"):
+                raise WrongStateError(f"{run_dir} is pending and was not started from here: it cannot be stopped yet")
+            if launch.get("stopped"):
+                return  # a second signal would keep torchrun from ending its processes
+            replace_json(run_dir / LAUNCH, {**launch, "stopped": time.time()})
+            with suppress(ProcessLookupError):
+                os.killpg(int(launch["pid"]), signal.SIGTERM)  # it leads its own session
 
     def reap(self) -> None:
         """Take note of children that have ended, or they stay as zombies."""
@@ -136,25 +155,30 @@ class Jobs:
             self.reap()
             ending = False
             for other in self.runs.all():
-                status, alive = state_of(other)["status"], launch_of(other).get("alive", False)
-                if (status in BUSY or alive) and (other == run_dir or devices_of(other) == devices):
-                    if status in BUSY or time.monotonic() > deadline:
-                        raise BusyError(f"{other.name} is {status} on the same devices ({devices}): stop it first")
+                state, alive = state_of(other), launch_of(other).get("alive", False)
+                busy = is_in_the_way(other, state)
+                if other == run_dir:  # its files are wanted, wherever it trains
+                    busy = state.status in UNDER_WAY or is_held(other)
+                if (busy or alive) and (other == run_dir or devices_of(other) == devices):
+                    if state.status in BUSY or time.monotonic() > deadline:
+                        raise BusyError(
+                            f"{other.name} is {state.status} on the same devices ({devices}): stop it first"
+                        )
                     ending = True
             if not ending:
                 return
             time.sleep(0.1)
 
-    def _launch(self, run_dir: Path, processes: int, flags: list[str], device: str) -> None:
+    def _launch(self, run_dir: Path, processes: int, words: list[str], device: str, threads: int | None = None) -> None:
         with self.lock:
             self._wait_for(run_dir, device_set(device))
             run_dir.mkdir(exist_ok=True)
-            command = self.launcher(processes, flags)
+            command = self.launcher(processes, words)
             log_flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
             with os.fdopen(os.open(run_dir / "log.txt", log_flags, 0o644), "ab") as log:
                 child = subprocess.Popen(
-                    command, cwd=ROOT, env=_environment(processes), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True,
+                    command, cwd=ROOT, env=_environment(processes, threads), stdin=subprocess.DEVNULL, stdout=log,
+                    stderr=log, start_new_session=True,
                 )  # fmt: skip
             self.children.append(child)
             created = 0.0
@@ -188,10 +212,12 @@ def _processes(value: Any) -> tuple[int, dict[str, list[str]]]:
     return 1, {"processes": [f"processes {text[:40]}: a whole number from 1 to {MAX_PROCESSES}"]}
 
 
-def _environment(processes: int) -> dict[str, str]:
-    """That of the server, with the cores shared out among the processes."""
+def _environment(processes: int, threads: int | None) -> dict[str, str]:
+    """That of the server, with the cores shared out among the processes; `threads`: as many as the run had before."""
     share = str(max(1, len(os.sched_getaffinity(0)) // processes))
-    return {"OMP_NUM_THREADS": share, "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONUNBUFFERED": "1"}
+    before = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    given = {"OMP_NUM_THREADS": share, "TOKENIZERS_PARALLELISM": "false", **os.environ, **before}
+    return {**given, "PYTHONUNBUFFERED": "1"}
 
 
 def flag_table() -> dict[str, Any]:

@@ -14,24 +14,31 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
 from training.config import Config, ConfigError, make_config
-from training.observe import UNDER_WAY, read_state
+from training.control import RESUME, STOP
+from training.observe import UNDER_WAY, RunState, is_held, run_state
 from training.yaml_files import parse_yaml
 
 MAX_JSON_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 8 << 20
 LOG_BYTES = 64 * 1024
+SEARCH_BYTES = 256 << 20  # of metrics.jsonl, for its newest evaluation, at the first look
 TRACES = ("state.json", "metrics.jsonl", "config.yaml", "launch.json")
-LAUNCH = "launch.json"  # who was started from the page: {pid, created, processes, device, time}
+LAUNCH = "launch.json"  # who was started from the page: {pid, created, processes, device, time}, `stopped` when told to
 SPARK_POINTS = 48
 BUSY = (*UNDER_WAY, "stalled")
+RESUMABLE = ("stopped", "crashed", "failed")  # and a stalled one that nobody here has
+NOT_BEGUN = ("unknown", "pending", "crashed", "failed")  # what a start that is ended before its first step looks like
+ENDING_SECONDS = 60.0  # that this takes at most
+DISTILLATION = ("-m", "scripts.train_distillation")
+TRAINER = ("train_full_sft.py",)
 
 
 class UnknownRunError(LookupError):
@@ -142,28 +149,55 @@ def launch_of(run_dir: Path) -> dict[str, Any]:
     return {**launch, "alive": alive}
 
 
-def state_of(run_dir: Path) -> dict[str, Any]:
-    """state.json as it looks from here; between a start from the page and the trainer's first word, pending."""
-    state: dict[str, Any] = {"status": "unknown"}
+def state_of(run_dir: Path) -> RunState:
+    """The state of a run as it looks from here; between a start from the page and the trainer's first word, pending.
+
+    What it accepts is what the page can do: it can also start a run again, and end one that has not begun to train.
+    """
+    state = RunState("unknown")
     try:
         with open_inside(run_dir, "state.json") as file:  # a regular file, and no link to one of somebody else
             size = os.fstat(file.fileno()).st_size
         if size <= MAX_JSON_BYTES:
-            state = clean(read_state(run_dir))
+            state = run_state(run_dir)
     except (UnknownRunError, FileNotFoundError):
-        state = {"status": "unknown", "updated_at": 0.0}
+        state = RunState("unknown", updated_at=0.0)
     except (OSError, ValueError):
-        state = {"status": "unknown", "exit_reason": "state.json cannot be read", "updated_at": time.time()}
+        state = RunState("unknown", exit_reason="state.json cannot be read", updated_at=time.time())
     launch = launch_of(run_dir)
-    started, updated = _number(launch.get("time")), _number(state.get("updated_at"))
-    if launch and started > updated:
+    if launch and _number(launch.get("time")) > (state.updated_at or 0.0):
         if launch["alive"]:
-            state |= {"status": "pending", "exit_reason": None}
-        elif state["status"] not in BUSY:
-            state |= {"status": "failed", "exit_reason": "it ended before it began to train; the log says why"}
-    if launch:
-        state["processes"] = launch.get("processes")
-    return state
+            state = replace(state, status="pending", exit_reason=None, accepts=())
+        elif state.status not in BUSY:
+            state = replace(state, status="failed", exit_reason="it ended before it began to train; the log says why")
+    told = _number(launch.get("stopped"))
+    if told and (state.updated_at or 0.0) < told + ENDING_SECONDS and state.status in NOT_BEGUN:
+        status = "stopping" if launch["alive"] else "stopped"
+        state = replace(state, status=status, exit_reason="a stop command before it began to train", accepts=())
+    accepts = state.accepts
+    if is_resumable(run_dir, state) and _changed(run_dir / "config.yaml"):
+        accepts = (RESUME,)
+    elif state.status == "pending":
+        accepts = (STOP,) if launch.get("alive") else ()
+    return replace(state, accepts=accepts)
+
+
+def is_resumable(run_dir: Path, state: RunState) -> bool:
+    """Whether a run may be started again: it has ended, or has long been silent and no process trains into it."""
+    return state.status in RESUMABLE or (state.status == "stalled" and not is_held(run_dir))
+
+
+def is_in_the_way(run_dir: Path, state: RunState) -> bool:
+    """Whether a run takes devices of this machine; one of another host only where a process here is seen to have it."""
+    return state.status in BUSY and (state.is_here or is_held(run_dir))
+
+
+def state_for_page(run_dir: Path) -> dict[str, Any]:
+    """The state for the page and REST."""
+    said: dict[str, Any] = clean(asdict(state_of(run_dir)))
+    if launch := launch_of(run_dir):
+        said["processes"] = launch.get("processes")
+    return said
 
 
 def _number(value: Any) -> float:
@@ -171,14 +205,62 @@ def _number(value: Any) -> float:
 
 
 def last_records(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """The newest record of each kind among the last of metrics.jsonl."""
+    """The newest record of each kind among the last of metrics.jsonl, and the newest evaluation wherever it stands."""
     found: dict[str, dict[str, Any]] = {}
     with suppress(UnknownRunError), open_inside(run_dir, "metrics.jsonl") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_BYTES))
-        for line in file.read(LOG_BYTES).split(b"\n"):
+        size = os.fstat(file.fileno()).st_size
+        begin = max(0, size - LOG_BYTES)
+        tail = os.pread(file.fileno(), size - begin, begin)
+        for line in tail.split(b"\n"):
             if record := parse_record(line):
                 found[record["kind"]] = record
+        evaluation = found.get("eval") or _evaluation_before(run_dir, file, begin)
+        if evaluation:
+            found["eval"] = evaluation
+        if len(_evaluations) >= MAX_REMEMBERED:
+            _evaluations.clear()
+        whole = begin + tail.rfind(b"\n") + 1
+        _evaluations[run_dir] = (whole, text_before(file, whole), evaluation)
     return found
+
+
+# Run -> up to where metrics.jsonl has been searched, what stands before that place, and the newest evaluation there.
+_evaluations: dict[Path, tuple[int, bytes, dict[str, Any]]] = {}
+MAX_REMEMBERED = 1000
+
+
+def text_before(file: IO[bytes], place: int) -> bytes:
+    begin = max(0, place - 512)
+    return os.pread(file.fileno(), place - begin, begin)
+
+
+def _evaluation_before(run_dir: Path, file: IO[bytes], end: int) -> dict[str, Any]:
+    """The newest evaluation before a place; no further back than was searched already, as long as that still stands."""
+    begin, known = max(0, end - SEARCH_BYTES), {}
+    if run_dir in _evaluations:
+        searched, text, record = _evaluations[run_dir]
+        if text_before(file, searched) == text:
+            begin, known = min(searched, end), record
+    return last_of_kind(file, "eval", begin, end) or known
+
+
+def last_of_kind(file: IO[bytes], kind: str, begin: int, end: int) -> dict[str, Any]:
+    """The last record of a kind between two places, searched for from the end."""
+    mark, rest = f'"{kind}"'.encode(), b""
+    while end > begin:
+        size = min(MAX_JSON_BYTES, end - begin)
+        end -= size
+        data = os.pread(file.fileno(), size, end) + rest
+        cut = data.find(b"\n") + 1 if end > begin else 0
+        rest = data[: cut or len(data)] if end > begin else b""  # its beginning is in the chunk before
+        rest = rest if len(rest) <= MAX_JSON_BYTES else b""
+        place = len(data)
+        while (hit := data.rfind(mark, cut, place)) >= 0:
+            place = max(cut, data.rfind(b"\n", 0, hit) + 1)
+            record = parse_record(data[place:].split(b"\n", 1)[0])
+            if record and record["kind"] == kind:
+                return record
+    return {}
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
@@ -234,37 +316,43 @@ def summary(run_dir: Path) -> dict[str, Any]:
 def progress(run_dir: Path) -> dict[str, Any]:
     """Where a run stands, in numbers."""
     state, last = state_of(run_dir), last_records(run_dir)
-    step, total = state.get("step"), state.get("total_steps")
-    share = min(1.0, step / total) if isinstance(step, int) and isinstance(total, int) and total > 0 else None
     train, evaluation = last.get("train", {}), last.get("eval", {})
-    running = state["status"] in ("running", "pausing", "paused")
-    started, updated = state.get("started_at"), state.get("updated_at")
-    numbers = (started, updated) if isinstance(started, float) and isinstance(updated, float) else (0.0, 0.0)
+    running = state.status in ("running", "pausing", "paused")
     found = {
         "id": run_dir.name,
-        "status": state["status"],
-        "exit_reason": state.get("exit_reason"),
-        "step": step,
-        "total_steps": total,
-        "share": share,
-        "epoch": state.get("epoch"),
-        "stage": state.get("stage"),
-        "elapsed_seconds": max(0.0, numbers[1] - numbers[0]) if numbers[0] else None,
+        "status": state.status,
+        "exit_reason": state.exit_reason,
+        "step": state.step,
+        "total_steps": state.total_steps,
+        "share": state.share,
+        "epoch": state.epoch,
+        "stage": state.stage,
+        "elapsed_seconds": elapsed_seconds(state),
         "eta_seconds": train.get("eta_seconds") if running else None,
         "train_loss": train.get("train/loss"),
         "eval_loss": evaluation.get("eval/loss"),
         "learning_rate": train.get("train/learning_rate"),
-        "started_at": started,
-        "updated_at": updated,
+        "started_at": state.started_at,
+        "updated_at": state.updated_at,
+        "accepts": state.accepts,
     }
     return {name: clean(value) for name, value in found.items()}
+
+
+def elapsed_seconds(state: RunState) -> float | None:
+    """How long a run has been running over all its starts; one that does not say so, since its last one."""
+    if state.seconds is not None:
+        return state.seconds
+    if not state.started_at or state.updated_at is None:
+        return None
+    return max(0.0, state.updated_at - state.started_at)
 
 
 def details(run_dir: Path) -> dict[str, Any]:
     """All that is known of a run but its series."""
     return {
         **progress(run_dir),
-        "state": state_of(run_dir),
+        "state": state_for_page(run_dir),
         "last": clean(last_records(run_dir)),
         "environment": read_json(run_dir, "environment.json"),
         "data_report": read_json(run_dir, "data_report.json"),
@@ -340,7 +428,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 def command_of(values: dict[str, Any], processes: int) -> str:
     """The torchrun line of these flags, those at their default left out."""
-    words = ["torchrun", "--standalone", f"--nproc_per_node={processes}", "train_full_sft.py"]
+    words = ["torchrun", "--standalone", f"--nproc_per_node={processes}", *program_of(values)]
     with suppress(ConfigError):
         defaults, config = asdict(Config()), asdict(make_config(values))
         always = ("data_path", "save_dir")
@@ -348,8 +436,20 @@ def command_of(values: dict[str, Any], processes: int) -> str:
     return shlex.join(words)
 
 
+def program_of(values: dict[str, Any]) -> tuple[str, ...]:
+    """What torchrun starts for these flags."""
+    return DISTILLATION if values.get("teacher") else TRAINER
+
+
 def as_flags(values: dict[str, Any]) -> list[str]:
     return [f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in values.items()]
+
+
+def threads_of(run_dir: Path) -> int | None:
+    """How many threads each process of a run had, on which the last bits of its numbers depend."""
+    environment = read_json(run_dir, "environment.json")
+    number = environment.get("threads_per_process") if isinstance(environment, dict) else None
+    return number if type(number) is int and 1 <= number <= 1024 else None
 
 
 def processes_of(run_dir: Path) -> int:

@@ -27,7 +27,7 @@ from scripts.dashboard.jobs import BusyError, FlagError, Jobs, Launcher, flag_ta
 from scripts.dashboard.runs import Runs, UnknownRunError, clean
 from scripts.dashboard.security import MAX_HEADER_BYTES, BoundedHttp, BoundedWebSocket, Gate
 from scripts.dashboard.system import read_system
-from training.control import COMMANDS
+from training.control import COMMANDS, RESUME, STOP
 from training.observe import WrongStateError, send_command
 
 PAGE = Path(__file__).resolve().parent / "page"
@@ -215,11 +215,14 @@ async def _send_all(websocket: WebSocket, messages: AsyncIterator[str]) -> None:
 
 def _command(runs: Runs, jobs: Jobs, run_id: str, command: str) -> Response:
     run_dir = runs.find(run_id)
-    status = files.state_of(run_dir)["status"]
+    status = files.state_of(run_dir).status
     try:
-        if command == "resume" and status not in ("paused", "pausing"):
+        if command == RESUME and status in (*files.RESUMABLE, "stalled", "completed"):
             jobs.resume(run_dir)
             return answer({"id": run_id, "command": command, "started": True}, 202)
+        if status == "pending" and command == STOP:
+            jobs.stop_pending(run_dir)
+            return answer({"id": run_id, "command": command, "signalled": True}, 202)
         if status == "pending":
             raise WrongStateError(f"{run_id} is pending, and {command} needs a run that has begun to train")
         number = send_command(run_dir, command)

@@ -169,9 +169,10 @@ export class Charts {
     };
     const events = data.events.slice(-2 * MARKS);
     const stages = events.filter((event) => event.event === "stage");
-    for (const event of events.filter((each) => each.event !== "stage").slice(-MARKS)) {
+    const unmarked = ["stage", "resume", "save"]; // a resume stands where its pause does, a save where its checkpoint
+    for (const event of events.filter((each) => !unmarked.includes(each.event)).slice(-MARKS)) {
       if (event.event === "checkpoint") line(event.step, palette.mark, "dot");
-      else if (event.event === "pause") line(event.step, palette.warn, "dash");
+      else if (["pause", "stop"].includes(event.event)) line(event.step, palette.warn, "dash");
       else if (event.event === "non_finite_gradient") line(event.step, palette.bad, "dot");
       else line(event.step, palette.stage, "dash");
     }

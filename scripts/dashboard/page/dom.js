@@ -9,8 +9,15 @@ export function h(tag, properties = {}, ...children) {
     else if (name === "value") element.value = value;
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  add(element, children);
   return element;
+}
+
+// One by one: a call takes only so many arguments.
+function add(element, children) {
+  const parts = document.createDocumentFragment();
+  for (const child of children.flat()) if (child !== null && child !== undefined && child !== false) parts.append(child);
+  element.append(parts);
 }
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -23,7 +30,8 @@ export function svg(tag, properties = {}, ...children) {
 }
 
 export function put(element, ...children) {
-  element.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.replaceChildren();
+  add(element, children);
 }
 
 export function say(element, text) {

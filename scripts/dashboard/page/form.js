@@ -112,7 +112,7 @@ function build(main, table, runsDir, taken, system) {
     const { processes: number = "1", ...rest } = values();
     const quoted = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`);
     const words = Object.entries(rest).map(([flag, value]) => quoted(`--${flag}=${value}`));
-    const line = ["torchrun", "--standalone", `--nproc_per_node=${number}`, "train_full_sft.py", ...words];
+    const line = ["torchrun", "--standalone", `--nproc_per_node=${number}`, ...(rest.teacher ? ["-m", "scripts.train_distillation"] : ["train_full_sft.py"]), ...words];
     put(command, line.flatMap((word) => [h("span", {}, word), " "]));
     for (const input of inputs()) input.closest(".field")?.classList.toggle("changed", "default" in input.dataset && input.value.trim() !== "" && input.value.trim() !== input.dataset.default);
   };

@@ -23,6 +23,11 @@ export function number(value, digits = 4) {
   return size >= 1000 ? count(value) : value.toPrecision(digits);
 }
 
+// A whole number as such, any other to four digits.
+export function figure(value) {
+  return Number.isInteger(value) ? count(value) : number(value);
+}
+
 export function percent(share) {
   return isNumber(share) ? `${(100 * share).toFixed(share < 0.1 && share > 0 ? 1 : 0)} %` : "–";
 }

@@ -8,6 +8,7 @@ const KEEP_SAMPLES = 60, KEEP_LIST = 1000;
 export class RunData {
   constructor() {
     this.state = {};
+    this.heard = 0; // when the last message came, in milliseconds
     this.clear();
   }
 
