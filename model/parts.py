@@ -1,13 +1,24 @@
-"""Weights of which a process may hold only a part: how they are named, filled, and what is recomputed."""
+"""What every module is made of: weights not yet set, of which a process may hold only a part, and recomputation."""
 
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 # What this process holds of a parameter, sharing its memory, and where that begins in the whole tensor.
 PartOf = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
+
+
+def unset(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
+    """A module whose weights are not set, since building a model must not consume the global generator."""
+    return skip_init(kind, *sizes, device=torch.get_default_device(), **options)
+
+
+def projection(inputs: int, outputs: int, bias: bool = False) -> nn.Module:
+    return unset(nn.Linear, inputs, outputs, bias=bias)
 
 
 def whole(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
