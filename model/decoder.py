@@ -59,6 +59,7 @@ class DecoderConfig:
             self.num_key_value_heads = heads // 2 if heads % 2 == 0 else heads
         if self.initializer_range is None:
             self.initializer_range = math.sqrt(2 / (5 * max(self.hidden_size, 1)))
+        uneven = self.head_dim is None and heads > 0 and self.hidden_size % heads > 0
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(heads, 1)
         self._derive_experts()
@@ -70,7 +71,7 @@ class DecoderConfig:
             wrong.append(
                 f"num_attention_heads {heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
             )
-        if not wrong and self.hidden_size % heads:
+        if not wrong and uneven:
             wrong.append(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
         if self.head_dim % 2:
             wrong.append(f"head_dim {self.head_dim} is odd, and rotary positions turn pairs")

@@ -4,7 +4,6 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 
 from model.attention import document_attention
 from model.decoder import Decoder, DecoderConfig
+from model.families import decoder_config, in_files, is_builtin
 from model.input_embeddings import Head, LanguageModel
 from model.losses import Terms, supervised_terms
-from model.parts import PartOf, block, recompute_in_backward, whole
+from model.parts import Inside, PartOf, overlap, recompute_in_backward, whole
 from model.trust import read_object, refuse_unsafe_weights
 
 logger = logging.getLogger("train")
@@ -76,39 +76,6 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return read_object(Path(directory) / "config.json")
 
 
-def is_builtin(config: dict[str, Any]) -> bool:
-    """Whether a config.json describes what the decoder computes: Llama, no biases, plain rotary positions, SiLU."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return (
-        config.get("architectures") == ["LlamaForCausalLM"]
-        and config.get("hidden_act", "silu") == "silu"
-        and not config.get("attention_bias")
-        and not config.get("mlp_bias")
-        and not config.get("quantization_config")
-        and rope.get("rope_type", rope.get("type", "default")) == "default"
-    )
-
-
-def decoder_config(config: dict[str, Any], dropout: float = 0.0) -> DecoderConfig:
-    """The shape in a config.json that `is_builtin` accepts, with LlamaConfig's defaults for what it leaves out.
-
-    Raises ValueError for a shape that is incomplete or impossible.
-    """
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if missing := [name for name in needed if not isinstance(config.get(name), int)]:
-        raise ValueError(f"config.json has no whole number for {', '.join(missing)}")
-    values: dict[str, Any] = {
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 2048,
-        "num_key_value_heads": config["num_attention_heads"],
-    }
-    known = {field.name for field in fields(DecoderConfig)}
-    values |= {name: value for name, value in config.items() if name in known and value is not None}
-    values |= {"rope_theta": (config.get("rope_parameters") or config).get("rope_theta", 10000.0), "dropout": dropout}
-    return DecoderConfig(**values)
-
-
 def _decoder_config_in(directory: str | Path, dropout: float) -> DecoderConfig:
     try:
         return decoder_config(read_config(directory), dropout)
@@ -122,30 +89,31 @@ def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: 
     Raises ValueError where the files are damaged or do not fit the model, naming the first differences.
     """
 
-    def put(values: Any, tensor: Tensor) -> None:
-        """The part that is held here of the values, a tensor or a slice of a file."""
+    def put(values: Any, tensor: Tensor, inside: Inside = ()) -> None:
+        """What is held here of the values, a tensor or a slice of a file, that belong `inside` a tensor."""
         part, begin = part_of(tensor)
-        with torch.no_grad():
-            part.copy_(values[block(part, begin)])
+        in_part, in_values = overlap(part, begin, inside)
+        if (own := part.detach()[in_part]).numel():
+            own.copy_(values[in_values])
 
     wanted = _wanted_tensors(model)
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
-    missing, wrong = dict(wanted), []
+    missing, wrong = _as_in_files(model, wanted), []
     for file in _weight_files(source):
         with _opened(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict
                 if name in tied:
                     continue  # some writers save the tied head a second time
-                tensor = missing.pop(name, None)
+                tensor, inside, expected = missing.pop(name, (None, (), ()))
                 shape, dtype = tuple(stored.get_slice(name).get_shape()), stored.get_slice(name).get_dtype()
                 if tensor is None:
                     wrong.append(f"{name} is not part of it")
-                elif shape != tuple(tensor.shape):
-                    wrong.append(f"{name} is {shape} and should be {tuple(tensor.shape)}")
+                elif shape != expected:
+                    wrong.append(f"{name} is {shape} and should be {expected}")
                 elif tensor.is_floating_point() and dtype not in FLOATS:
                     wrong.append(f"{name} holds {dtype}, not one of {', '.join(FLOATS)}")
                 else:
-                    put(stored.get_slice(name) if shape else stored.get_tensor(name), tensor)
+                    put(stored.get_slice(name) if shape else stored.get_tensor(name), tensor, inside)
     wrong += [f"{name} is missing" for name in missing]
     if wrong and isinstance(model, HFCausalLM):  # the family stores its weights otherwise than it holds them
         logger.warning("the weights of %s have to be converted: every process holds a full copy for a moment", source)
@@ -162,6 +130,17 @@ def _wanted_tensors(model: nn.Module) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {**parameters, **{name: tensor for name, tensor in model.state_dict().items() if name not in names}}
+
+
+def _as_in_files(model: nn.Module, wanted: dict[str, Tensor]) -> dict[str, tuple[Tensor | None, Inside, tuple]]:
+    """Stored name -> the tensor that it belongs to, where inside that, and the shape that it must have."""
+    if not isinstance(model, Decoder):
+        return {name: (tensor, (), tuple(tensor.shape)) for name, tensor in wanted.items()}
+    return {
+        stored: (tensor, inside, tuple(torch.empty(tensor.shape, device="meta")[inside].shape))
+        for name, tensor in wanted.items()
+        for stored, inside in in_files(name, tuple(tensor.shape))
+    }
 
 
 def _weight_files(source: str | Path) -> list[Path]:

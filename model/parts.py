@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 # What this process holds of a parameter, sharing its memory, and where that begins in the whole tensor.
 PartOf = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
+Inside = tuple[slice | int, ...]  # the index of a region in a whole tensor, whose last dimensions may be left out
 
 
 def unset(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
@@ -29,6 +30,23 @@ def whole(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def block(part: Tensor, begin: tuple[int, ...]) -> tuple[slice, ...]:
     """The index of a part in its whole tensor."""
     return tuple(slice(at, at + size) for at, size in zip(begin, part.shape, strict=True))
+
+
+def overlap(part: Tensor, begin: tuple[int, ...], inside: Inside) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """What a part of a tensor and the region `inside` the whole have in common: its index in the part, and in the region.
+
+    A whole number in `inside` stands for a dimension that the region does not have.
+    """
+    in_part, in_region = [], []
+    for dim, (size, at) in enumerate(zip(part.shape, begin, strict=True)):
+        wanted = inside[dim] if dim < len(inside) else slice(0, at + size)
+        region = slice(wanted, wanted + 1) if isinstance(wanted, int) else wanted
+        low = max(region.start, at)
+        high = max(low, min(region.stop, at + size))
+        in_part.append(slice(low - at, high - at))
+        if not isinstance(wanted, int):
+            in_region.append(slice(low - region.start, high - region.start))
+    return tuple(in_part), tuple(in_region)
 
 
 def recompute_in_backward(units: list[nn.Module]) -> None:

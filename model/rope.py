@@ -24,8 +24,8 @@ def scaling_in(rope: dict[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     said = {name: value for name, value in rope.items() if name not in ("rope_type", "type", "rope_theta")}
     said = {name: value for name, value in said.items() if value is not None}
-    if said.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("rotary positions of a part of each head are not computed here")
+    if said.pop("partial_rotary_factor", 1.0) != 1.0 or any(isinstance(value, dict) for value in said.values()):
+        raise ValueError("rotary positions of a part of each head, or not alike in all layers, are not computed here")
     if kind == "default":
         return None  # whatever else stands there is not read
     if problems := scaling_problems({"rope_type": kind, **said}):
