@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.attention import document_attention
 from model.input_embeddings import Head, LanguageModel
 from model.losses import Terms, supervised_terms
-from model.moe import Mixture, router_terms
+from model.moe import TERM_WEIGHTS, Mixture, router_terms
 from model.norm import RMSNorm
 from model.parts import PartOf, block, projection, recompute_in_backward, unset, whole
 from model.rope import rotary_angles, rotate, scaling_problems
@@ -270,6 +270,10 @@ class Decoder(LanguageModel):
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        return {} if self.config.num_experts is None else TERM_WEIGHTS
 
     def input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens

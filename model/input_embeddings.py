@@ -20,6 +20,11 @@ class LanguageModel(nn.Module):
 
     vocab_size: int
 
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """Terms that the model itself adds to those of an objective -> what they weigh unless --loss_weights says more."""
+        return {}
+
     def supervised_states(self, batch: dict) -> tuple[Tensor, Head]:
         """States (S, hidden) at the supervised positions of a batch, and what makes logits (S, V) of them."""
         raise NotImplementedError

@@ -1,5 +1,6 @@
 """From a configuration or a directory of weights to a model that answers `model(batch, terms)`."""
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from model.decoder import Decoder, DecoderConfig
 from model.families import decoder_config, in_files, is_builtin
 from model.input_embeddings import Head, LanguageModel
 from model.losses import Terms, supervised_terms
+from model.moe import TERM_WEIGHTS, router_terms
 from model.parts import Inside, PartOf, overlap, recompute_in_backward, whole
 from model.trust import read_object, refuse_unsafe_weights
 
@@ -24,6 +26,8 @@ logger = logging.getLogger("train")
 ATTENTION_NAME = "documents"
 FLOATS = ("F64", "F32", "F16", "BF16")
 NOT_PACKABLE = "this family cannot be packed yet"
+# Families whose router takes the first of a softmax, and says before it the logits; others balance in other ways.
+ROUTED_BY_SOFTMAX = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 PROBE_TOKENS = 7  # of each of the two documents that a loaded model is tried on
 
 
@@ -217,6 +221,7 @@ class HFCausalLM(LanguageModel):
             self.add_module(name, child)
         for name, parameter in inner.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+        self._routers = _routers_of(inner)
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
         self._plain_head = False
 
@@ -269,11 +274,17 @@ class HFCausalLM(LanguageModel):
         recompute_in_backward(self.shard_units())
 
     def forward(self, batch: dict, terms: Terms) -> dict[str, Tensor]:
-        """Sums of `terms(logits, positions)` over the supervised positions of a batch of packed documents."""
-        states, head = self.supervised_states(batch)
+        """Sums of `terms(logits, positions)` over the supervised positions of packed documents, and `router_terms`."""
+        routing: list[Tensor] = []
+        with contextlib.ExitStack() as stack:  # only for now: in the backward pass a layer may run once more
+            for router in self._routers:
+                stack.enter_context(router.register_forward_hook(lambda *call: routing.append(call[2][0])))
+            states, head = self.supervised_states(batch)
         if head is logits_already:
-            return terms(states, slice(0, len(states)))
-        return supervised_terms(states, head, self.vocab_size, terms)
+            sums = terms(states, slice(0, len(states)))
+        else:
+            sums = supervised_terms(states, head, self.vocab_size, terms)
+        return {**sums, **router_terms(routing, batch, self.config.num_experts_per_tok)} if routing else sums
 
     def supervised_states(self, batch: dict) -> tuple[Tensor, Head]:
         """As declared; where a family does more between states and logits than a head, the states are the logits."""
@@ -292,6 +303,10 @@ class HFCausalLM(LanguageModel):
         return self.inner(**arguments).logits[0, positions], logits_already
 
     @property
+    def term_weights(self) -> dict[str, float]:
+        return TERM_WEIGHTS if self._routers else {}
+
+    @property
     def vocab_size(self) -> int:
         return self.inner.get_output_embeddings().weight.shape[0]
 
@@ -308,6 +323,16 @@ class HFCausalLM(LanguageModel):
         embedding, head = self.inner.get_input_embeddings().weight, self.inner.get_output_embeddings().weight
         total = sum(parameter.numel() for parameter in self.parameters())
         return total - head.numel() - (0 if embedding is head else embedding.numel()), head.numel()
+
+
+def _routers_of(inner: Any) -> list[nn.Module]:
+    """The modules whose first output is the router logits (T, experts) of a layer."""
+    if inner.config.model_type in ROUTED_BY_SOFTMAX:
+        kind = inner._can_record_outputs["router_logits"].target_class
+        return [module for module in inner.modules() if isinstance(module, kind)]
+    if any(name.endswith(".experts") for name, _ in inner.named_modules()):
+        logger.warning("%s: the balance of its experts is not trained (no term aux)", type(inner).__name__)
+    return []
 
 
 def check_isolation(model: HFCausalLM, tolerance: float = 1e-3) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model.parts import projection
 
+TERM_WEIGHTS = {"aux": 0.01, "router_z": 0.0}  # of `router_terms` where a user says nothing
 LARGEST_BLOCK = 128  # rows; smaller ones cost speed, larger ones multiply more zeros
 
 
@@ -164,6 +165,7 @@ def router_terms(logits: Sequence[Tensor], batch: dict, num_experts_per_tok: int
     micro-batches would then change what is learnt.
     """
     lengths, every = batch["cu_seqlens"].diff(), torch.stack(tuple(logits), dim=1)  # (T, layers, experts)
+    every = every.to(torch.promote_types(every.dtype, torch.float32))
     count = len(lengths)
     documents = torch.arange(count, device=lengths.device).repeat_interleave(lengths, output_size=len(every))
     supervised = torch.bincount(documents[batch["supervised_positions"]], minlength=count)
