@@ -202,7 +202,7 @@ class Decoder(LanguageModel):
     def initialise(self, generator: torch.Generator, part_of: PartOf = whole, init: str = "fan_in") -> None:
         """Fill all weights from a CPU generator in parameter order, so that no device and no global seed plays a part.
 
-        Embedding and routers: normal(0, initializer_range). Biases: 0. Projections: normal(0, std), where std is by `init`
+        Embedding, routers: normal(0, initializer_range). Biases: 0. Projections: normal(0, std), where std is by `init`
         - fan_in: 1 / sqrt(inputs), which keeps the variance of what passes through at any width (LeCun et al. 1998)
         - normal: initializer_range
         - kaiming: sqrt(2 / inputs), the gain of ReLU (He et al. 2015, eq. 10)
@@ -290,7 +290,6 @@ class Decoder(LanguageModel):
         """
         config, total = self.config, sum(parameter.numel() for parameter in self.parameters())
         head = self.lm_head.weight.numel()
-        idle = 0
-        if config.num_experts is not None:
-            idle = (config.num_experts - config.num_experts_per_tok) * 3 * config.hidden_size * config.moe_intermediate_size
-        return total - idle * config.num_hidden_layers - head * (1 if config.tie_word_embeddings else 2), head
+        idle = sum(parameter.numel() for name, parameter in self.named_parameters() if ".experts." in name)
+        idle -= idle // config.num_experts * config.num_experts_per_tok if idle else 0
+        return total - idle - head * (1 if config.tie_word_embeddings else 2), head

@@ -155,14 +155,14 @@ class _GroupedLinear(torch.autograd.Function):
 def router_terms(logits: Sequence[Tensor], batch: dict, num_experts_per_tok: int) -> dict[str, Tensor]:
     """Sums over supervised tokens of what the router logits (T, experts) of all layers say about the experts' load.
 
-    - aux: per document and layer, experts x the sum over experts of its share of the load x its mean probability, 1
-      where all is even and up to the number of experts where one gets all (sequence-wise balance, DeepSeek-V3 eq. 17-20)
+    - aux: per document and layer, experts x the sum over experts of its share of the load x its mean probability: 1
+      where all is even, up to the number of experts where one gets all (sequence-wise balance, DeepSeek-V3 eq. 17-20)
     - router_z: the squared logsumexp of the logits, which keeps them small (ST-MoE, Zoph et al. 2022)
     - max_expert_share: of the load of a document, what the busiest expert has; no gradient
 
     All are means over the layers and over the tokens of a document, counted once for each of its supervised tokens. A
-    balance over the micro-batch, as it is often computed, is no sum over documents: how a step is shared among ranks and
-    micro-batches would then change what is learnt.
+    balance over the micro-batch, as it is often computed, is no sum over documents: how a step is shared among ranks
+    and micro-batches would then change what is learnt.
     """
     lengths, every = batch["cu_seqlens"].diff(), torch.stack(tuple(logits), dim=1)  # (T, layers, experts)
     every = every.to(torch.promote_types(every.dtype, torch.float32))

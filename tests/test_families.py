@@ -1,4 +1,4 @@
-"""The decoder's options compute what the families of transformers compute, and nothing else is taken for one of them."""
+"""The decoder's options compute what families of transformers compute, and nothing else is taken for one of them."""
 
 import json
 from pathlib import Path
@@ -214,7 +214,10 @@ def test_shapes_that_nobody_could_open_are_named():
         ({"num_experts": 4, "qk_norm": False}, "experts come with qk_norm"),
         ({**SHARED, "qk_norm": True}, "experts come with qk_norm"),
         ({"num_experts": -1}, "num_experts -1 is not positive"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type dynamic is none of linear, llama3, yarn"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type dynamic is none of linear, llama3, yarn",
+        ),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor must be greater"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": -1.0}}, "yarn needs original_max_position_embeddings"),
     ):

@@ -82,7 +82,7 @@ def test_the_core_stays_small_enough_to_read():
     assert max(lengths.pop(name) for name in ("train_full_sft.py", "trainer_utils.py")) <= 720
     assert max(lengths.values()) <= 450
     written = {name: lines_of_code(text) for name, text in texts.items()}
-    assert sum(written.values()) <= 6800, written
+    assert sum(written.values()) <= 7100, written
     assert lines_of_code('"""A\n\nB."""\n# c\n\nx = """\n"""  # d\n') == 2
 
 

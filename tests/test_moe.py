@@ -175,7 +175,9 @@ def test_the_balance_is_1_where_all_is_even_and_the_number_of_experts_where_one_
     batch = batch_of([8], [5])
     for logits, aux, share in ((even, 1.0, 0.25), (all_to_one, 4.0, 1.0)):
         sums = router_terms([logits, logits], batch, 1)
-        assert sums["aux"].item() == pytest.approx(5 * aux) and sums["max_expert_share"].item() == pytest.approx(5 * share)
+        assert sums["aux"].item() == pytest.approx(5 * aux) and sums["max_expert_share"].item() == pytest.approx(
+            5 * share
+        )
         assert sums["router_z"].item() == pytest.approx(5 * 50**2)
 
 
@@ -243,7 +245,8 @@ def test_new_experts_are_as_large_as_one_mlp_would_be():
     mixture = build_model(DecoderConfig(num_experts=4, num_hidden_layers=2, hidden_size=128, qkv_bias=False), 0)
     layer = mixture.model.layers[0].mlp
     assert layer.experts.gate_up_proj.std().item() == pytest.approx(128**-0.5, rel=0.02)
-    assert layer.experts.down_proj.std().item() == pytest.approx((mixture.config.moe_intermediate_size * 4) ** -0.5, rel=0.02)
+    inputs = mixture.config.moe_intermediate_size
+    assert layer.experts.down_proj.std().item() == pytest.approx((inputs * 4) ** -0.5, rel=0.02)
     assert layer.gate.weight.std().item() == pytest.approx(mixture.config.initializer_range, rel=0.2)
     biased = build_model(DecoderConfig(**SHAPE, qkv_bias=True), 0)
     assert all(not p.any() for name, p in biased.named_parameters() if name.endswith("bias"))

@@ -149,8 +149,9 @@ def make_plan(
 
 
 def _lay_out(
-    stages: Sequence[Stage], rows_of: Callable[[int], int], window_rows: Sequence[int], term_weights: Mapping[str, float]
-) -> list[Span]:
+    stages: Sequence[Stage], rows_of: Callable[[int], int], window_rows: Sequence[int],
+    term_weights: Mapping[str, float],
+) -> list[Span]:  # fmt: skip
     """The stages one after the other."""
     weights = [_loss_weights(stage) for stage in stages]
     # What one stage weighs and another does not name counts for nothing there, but for the cross entropy.
