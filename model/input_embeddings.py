@@ -22,7 +22,7 @@ class LanguageModel(nn.Module):
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """Terms that the model itself adds to those of an objective, and what they weigh if --loss_weights says nothing."""
+        """Terms that a model adds to those of an objective, and what they weigh if --loss_weights says nothing."""
         return {}
 
     def supervised_states(self, batch: dict) -> tuple[Tensor, Head]:

@@ -33,7 +33,7 @@ def block(part: Tensor, begin: tuple[int, ...]) -> tuple[slice, ...]:
 
 
 def overlap(part: Tensor, begin: tuple[int, ...], inside: Inside) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """What a part of a tensor and the region `inside` the whole have in common: its index in the part and in the region.
+    """What a part of a tensor and the region `inside` the whole have in common: its index in the part, and in that.
 
     A whole number in `inside` stands for a dimension that the region does not have.
     """

@@ -16,6 +16,7 @@ from tests.small_world import (
     TINY,
     KillAtCall,
     log_of,
+    records_of,
     result_of,
     resume_from,
     sign_again,
@@ -64,7 +65,7 @@ def test_a_mixture_of_experts_ends_with_the_same_bits(tmp_path, rows, world_size
     shape = {"use_moe": True, "gradient_checkpointing": accumulation > 1}
     kill_and_resume(tmp_path, rows, world_size, dtype, accumulation, strategy, **shape)
     (log,) = records_of(tmp_path / "cut", "train")[-1:]
-    assert log["train/weight_aux"] == 0.01 and 1 < log["train/loss_aux"] < 8 and 1 / 8 < log["train/max_expert_share"]
+    assert log["train/weight_aux"] == 0.01 and log["train/loss_aux"] > 1 and log["train/max_expert_share"] > 1 / 8
 
 
 def kill_and_resume(tmp_path, rows, world_size, dtype, accumulation, strategy, **more):
