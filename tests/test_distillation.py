@@ -74,6 +74,13 @@ def test_the_terms_are_those_written_out(temperature):
     assert torch.equal(sums["ce"], plain["ce"]) and torch.equal(sums["correct"], plain["correct"])
 
 
+def test_the_balance_of_a_student_with_experts_is_learnt_too():
+    student = tiny(num_experts=4).double()
+    sums = make_distillation_objective(teacher_of(), 0.7, 4.0)(student, BATCH)
+    assert sums.keys() == {"ce", "kd", "correct", "aux", "router_z", "max_expert_share"}
+    assert torch.equal(sums["aux"], make_sft_objective()(student, BATCH)["aux"])
+
+
 def test_a_teacher_who_is_the_student_teaches_nothing():
     student = tiny().double()
     objective = make_distillation_objective(copy.deepcopy(student), 0.7, 4.0)
