@@ -327,8 +327,13 @@ def test_a_mixture_of_experts_is_trained_exported_and_trained_on(tmp_path, rows)
     assert 1 / 8 <= evaluated["eval/max_expert_share"] <= 1 / 2
 
     again = {**flags, "from_weight": str(tmp_path / "new"), "loss_weights": "aux=0.5, router_z=1e-3"}
+    again |= {"eval_at_start": True, "eval_samples": 0}
     assert train(1, tmp_path / "more", **again, use_moe=True) == [0], log_of(tmp_path / "more")
     assert records_of(tmp_path / "more", "train")[0]["train/weight_aux"] == 0.5
+    assert train(2, tmp_path / "shared", **again, strategy="fsdp") == [0, 0], log_of(tmp_path / "shared")
+    starts = [records_of(tmp_path / run, "eval")[0] for run in ("more", "shared")]
+    for name in ("eval/loss", "eval/loss_aux", "eval/loss_router_z"):
+        assert starts[0][name] == pytest.approx(starts[1][name], rel=1e-5) == pytest.approx(evaluated[name], rel=1e-5)
     assert train(1, tmp_path / "other", **again, num_experts=4) == [2]
     assert "--num_experts 4: " in log_of(tmp_path / "other") and "has 8" in log_of(tmp_path / "other")
     assert train(1, tmp_path / "dense", **flags, loss_weights="aux=0.5") == [2]
