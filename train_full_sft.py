@@ -25,7 +25,7 @@ import math
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -50,6 +50,7 @@ from model.choose import (
     fill_model,
     load_tokenizer,
     shape_of,
+    sizes_of,
     weights_source,
 )
 from model.export import export_model
@@ -88,12 +89,13 @@ from training.checkpoints import (
     verify,
     weights_to_export,
 )
-from training.control import EARLY, PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
+from training.control import EARLY, LOST_PEER, PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
+from training.doctor import check_start
 from training.ema import Ema
 from training.environment import write_descriptions
 from training.identity import identity_of
 from training.meeting import meet
-from training.metrics import WandbSink
+from training.observe import duration
 from training.optimizers import make_optimizer
 from training.plan import Plan, describe_stages, make_plan, micro_batches_per_step, resolve, rows_per_step
 from training.policies import Policies
@@ -102,13 +104,16 @@ from training.process import (
     device_name_of,
     end_process,
     is_ours,
+    out_of_memory,
     peak_memory_bytes,
     setup_logging,
     to_device,
     use_deterministic_kernels,
 )
-from training.records import Meter, RunRecords, StateFile, duration, peak_flops
-from training.stages import Stage, read_stages, weighs
+from training.records import Meter, RunRecords, StateFile
+from training.report import reported
+from training.sinks import sink_makers
+from training.stages import Stage, check_terms, idle_flags, read_stages, weighs
 from training.start import Start, begin, decide_start, has_begun, refuse_changes
 from training.state import LoopState, NonFiniteError
 from training.sums import Sums, add_to, evaluation_means, token_means
@@ -123,7 +128,6 @@ Weights = dict[str, float]
 REFUSED = dict.fromkeys((UnsafeDataError, UnsafeModelError, UnsafeCheckpointError), 77)  # first: each is one of these
 EXIT_CODES = {**REFUSED, DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
 EXIT_BUG, EXIT_PREEMPTED = 70, 75
-LOST_PEER = "another process of the job is gone, see its message"
 
 
 @dataclass
@@ -199,11 +203,11 @@ def loss_of(terms: dict[str, Tensor], weights: Weights) -> Tensor:
     Raises ValueError for a weight of a term that the objective does not have.
     """
     if unknown := weights.keys() - terms.keys():
-        known = ", ".join(name for name, term in terms.items() if term.requires_grad)
-        hint = "; kd comes from a teacher, see scripts.train_distillation" if "kd" in unknown else ""
-        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {known}{hint}")
-    learnt = {name: term for name, term in terms.items() if term.requires_grad and weights.get(name, 1.0)}
-    return sum(weights.get(name, 1.0) * term for name, term in learnt.items())  # type: ignore[return-value]
+        known = [name for name, term in terms.items() if term.requires_grad]
+        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {', '.join(known)}")
+    learnt = {name: term for name, term in terms.items() if term.requires_grad}
+    weighed = {name: term for name, term in learnt.items() if weights.get(name, 1.0)} or learnt
+    return sum(weights.get(name, 1.0) * term for name, term in weighed.items())  # type: ignore[return-value]
 
 
 def train_epoch(
@@ -231,8 +235,8 @@ def train_epoch(
             raise problem or RuntimeError("another rank could not load its data, see its message")
         if save_failed:
             hooks.settle_save()
-        with meter.paused():
-            wishes.obey(sums, processes.sum_ints, hooks.save, records.status, learner.beat)
+        with meter.paused(idle=True):
+            wishes.obey(sums, processes.sum_ints, hooks.save, records.obeyed, learner.beat)
 
         # 3. update
         step = state.step + 1
@@ -330,15 +334,59 @@ def validate(
     return results
 
 
-@torch.no_grad()
-def metrics_of_evaluation(learner: Learner, filler: Batch, sources: list[str], has_ema: bool) -> list[str]:
-    """The names of what `validate` gives, before anything is trained; `filler` is a batch that counts for nothing."""
-    with learner.autocast():
-        terms = learner.measure(unwrap(learner.model), filler)
-    reshard(learner.model)
-    prefixes = [f"eval{average}" for average in (["", "/ema"] if has_ema else [""])]
-    prefixes += [f"{prefix}/{source}" for prefix in prefixes for source in sources if len(sources) > 1]
-    return [name for prefix in prefixes for name in evaluation_means(dict.fromkeys(terms, 0), prefix)]
+@dataclass
+class Evaluation:
+    """Validation, of the moving averages too, and answers to held-out questions; every rank must call it."""
+
+    learner: Learner
+    loaders: dict[str, DataLoader]  # by source; without any, nothing is evaluated
+    questions: list[Question]
+    questions_interval: int  # in evaluations
+    tokenizer: Any
+    ema: Ema | None
+    state: LoopState
+    records: RunRecords
+
+    @torch.no_grad()
+    def names(self, filler: Batch) -> list[str]:
+        """The names of what it will give, before anything is trained; `filler` is a batch that counts for nothing."""
+        if not self.loaders:
+            return []
+        model, sources = self.learner.model, list(self.loaders) if len(self.loaders) > 1 else []
+        with self.learner.autocast():
+            terms = self.learner.measure(unwrap(model), filler)
+        reshard(model)
+        prefixes = ["eval", *(["eval/ema"] if self.ema else [])]
+        prefixes += [f"{prefix}/{source}" for prefix in prefixes for source in sources]
+        names = [name for prefix in prefixes for name in evaluation_means(dict.fromkeys(terms, 0), prefix)]
+        return [*names, *(["eval/exact_match"] if self.questions else [])]
+
+    def __call__(self, wishes: Wishes) -> dict[str, float]:
+        if not self.loaders:
+            return {}
+        results = validate(self.learner, self.loaders, wishes)
+        if self.ema:
+            with self.ema.in_place():
+                results |= validate(self.learner, self.loaders, wishes, "eval/ema")
+        if self.questions and self.state.evaluations % self.questions_interval == 0:
+            results |= self.answers()
+        self.state.evaluations += 1
+        self.records.log_eval(self.state, results)
+        return results
+
+    def answers(self) -> dict[str, float]:
+        """Answer greedily, each rank its share of the questions; returns the share of exact answers."""
+        processes, exact = self.learner.processes, 0
+        for question in self.questions[processes.rank :: processes.world_size]:
+            room, ends = len(question.expected) + 8, {question.end}
+            model = unwrap(self.learner.model)
+            (answer,) = generate(model, [question.prompt], max_new_tokens=room, eos_token_ids=ends)
+            exact += answer == question.expected
+            texts = self.tokenizer.batch_decode([question.prompt, question.expected, answer])
+            said = dict(zip(("prompt", "expected", "answer"), texts, strict=True))
+            self.records.event(self.state.step, "sample", **said, exact=answer == question.expected)
+            self.learner.beat()
+        return {"eval/exact_match": processes.sum_ints([exact])[0] / len(self.questions)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,32 +394,37 @@ def metrics_of_evaluation(learner: Learner, filler: Batch, sources: list[str], h
 
 
 def run(
-    config: Config, objective: Objective | None = None, extra_identity: dict[str, str] | None = None
-) -> dict[str, Any]:
+    config: Config, objective: Objective | None = None, extra_identity: dict[str, str] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Train as `config` says and return a summary; `objective` replaces the cross entropy of supervised tokens.
 
-    `extra_identity`: what of it a resume must find unchanged, under names that --allow_change takes. From where the
-    directory is ours, its state.json tells of every error.
+    `extra_identity`: what of it a resume must find unchanged, under names that --allow_change takes. `callbacks`:
+    functions of a record, or sinks, that follow metrics.jsonl on rank 0; the one of kind "epoch" comes once per epoch.
+    From where the directory is ours, its state.json tells of every error.
     """
     rank, _, _ = environment_rank()
     setup_logging(rank)
+    if config.teacher is not None and objective is None:
+        raise ValueError("--teacher: a run under a teacher is started by torchrun -m scripts.train_distillation")
     save_dir = Path(config.save_dir)
     lock = lock_run(save_dir) if rank == 0 and not config.dry_run else None  # until this function ends
     start = decide_start(save_dir, config.from_resume, config.overwrite, has_begun(save_dir))
     if lock:
         StateFile(save_dir / "state.json").say("pending", start.clears)
-    try:
-        return run_job(config, start, objective, extra_identity or {})
-    except Exception as error:
-        if lock:
-            reason = LOST_PEER if is_lost_peer(error) else f"{type(error).__name__}: {error}"
-            ended = {"exit_reason": reason, "exit_code": exit_code_of(error)}
-            StateFile(save_dir / "state.json").say("failed", start.clears, **ended)
-        raise
+    with reported(save_dir, wanted=bool(lock) and config.report):
+        try:
+            return run_job(config, start, objective, extra_identity or {}, callbacks)
+        except Exception as error:
+            if lock:
+                lost = LOST_PEER if is_lost_peer(error) else out_of_memory(error)
+                ended = {"exit_reason": lost or f"{type(error).__name__}: {error}", "exit_code": exit_code_of(error)}
+                StateFile(save_dir / "state.json").say("failed", start.clears, **ended)
+            raise
 
 
 def run_job(
-    config: Config, start: Start, objective: Objective | None, extra_identity: dict[str, str]
+    config: Config, start: Start, objective: Objective | None, extra_identity: dict[str, str], callbacks: Sequence[Any]
 ) -> dict[str, Any]:
     """All that `run` does once it is known how the run starts."""
     save_dir, started = Path(config.save_dir), time.monotonic()
@@ -383,6 +436,12 @@ def run_job(
     tokenizer_source = choose_tokenizer(config.tokenizer, from_weight)
     tokenizer = load_tokenizer(tokenizer_source, config.chat_template)
     stages = read_stages(config)
+    if objective is None or config.teacher:
+        check_terms(stages)
+    for line in idle_flags(stages):
+        logger.warning("%s", line)
+    if rank == 0 and not config.skip_checks:
+        check_start(config, sizes_of(from_weight, config.shape, len(tokenizer)), world_size)
     data = load_data(
         config, stages, tokenizer, owner=local_rank == 0, echo=logger.info,
         rejects_file=save_dir / "rejects.jsonl" if keeps_records else None,
@@ -441,7 +500,9 @@ def run_job(
     window_rows = rows_per_step(stages, world_size, saved.get("global_batch_size", []))
     if state.rows >= data.train.rows_of(state.epoch) and not state.unfinished:  # only where other data was allowed
         state.next_epoch()
-    identity = {**data.identity, **identity_of(stages, dtype_name, window_rows, describe_model(model))}
+    identity = {**data.identity, **identity_of(
+        stages, dtype_name, window_rows, describe_model(model), data.held_out_identity
+    )}  # fmt: skip
     identity |= {name: f"{identity.get(name, '')} | {said}" for name, said in extra_identity.items()}
     changed = refuse_changes(saved["identity"], identity, config.allowed_changes) if checkpoint else []
     plan = make_plan(stages, data.train.rows_of, window_rows, state, model.term_weights)
@@ -478,11 +539,6 @@ def run_job(
         for source, rows in data.by_source.items()
     }
 
-    questions = questions_of(data.held_out, config.eval_samples) if data.held_out and config.eval_samples else []
-    if held_out:
-        answers = ["eval/exact_match"] if questions else []
-        policies.check_metric([*metrics_of_evaluation(learner, filler, list(held_out), bool(ema)), *answers])
-
     def begin_epoch(epoch: int) -> int:
         """Set the rows of an epoch and where to begin in them; returns the micro-batches of its steps."""
         span, size = plan.span_of(epoch), plan.span_of(epoch).stage.config.batch_size
@@ -492,6 +548,14 @@ def run_job(
         batches.batch_size, batches.skip_batches = size, skip * micro_batches
         return micro_batches
 
+    body, head = model.parameter_counts()
+    device_name = device_name_of(device)
+    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), config, device_name, world_size)
+    questions = questions_of(data.held_out, config.eval_samples) if data.held_out and config.eval_samples else []
+    every = config.eval_samples_interval
+    evaluation = Evaluation(learner, held_out, questions, every, tokenizer, ema, state, records)
+    policies.check_metric(evaluation.names(filler))
+
     logger.info("%d steps, %s on %s", plan.total_steps, dtype_name, device)
     for line in describe_stages(plan, world_size):
         logger.info("%s", line)
@@ -500,7 +564,6 @@ def run_job(
         return rehearse(learner, loader, begin_epoch(state.epoch), plan, sample, report_lines(data.report["train"]))
 
     # 7. Records
-    device_name = device_name_of(device)
     resolved = resolve(
         config, stages, window_rows, world_size, tokenizer=tokenizer_source, device=device.type, dtype=dtype_name,
         overwrite=False, from_resume="0", allow_change="", **shape_of(model, SHAPE_FLAGS),
@@ -517,12 +580,9 @@ def run_job(
         store.set_aside_from(state.step + (state.step == 0 or in_place), warn=logger.warning)
         write_rejects(save_dir / "rejects.jsonl", data.rejects)
         write_descriptions(save_dir, resolved, data.report, device_name, world_size, torch.get_num_threads())
-    body, head = model.parameter_counts()
-    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), peak_flops(device_name, world_size))
-    if processes.is_main and config.reports_to_wandb:
-        wandb = partial(WandbSink, config.wandb_project, constants["wandb_id"], save_dir, asdict(resolved))
-        records.metrics.follow(wandb)
-    watchdog = Watchdog(config.group_timeout_seconds, on_hang=partial(records.status, "failed", exit_code=EXIT_HANG))
+    records.metrics.follow(sink_makers(resolved, constants["wandb_id"], callbacks))
+    on_hang = partial(records.status, "failed", exit_code=EXIT_HANG)
+    watchdog = Watchdog(config.group_timeout_seconds, on_hang, on_beat=records.alive)
     learner.beat = watchdog.beat
     checkpointer = Checkpointer(
         store, model, optimizer, scaler, state, constants, processes, records.event, config.async_save, watchdog.beat,
@@ -533,29 +593,17 @@ def run_job(
         records.metrics.sync()  # or a power cut could take lines that come before the checkpoint
         checkpointer.save(records.metrics_of(state.step), last)
 
-    def evaluate() -> dict[str, float]:
-        if not held_out:
-            return {}
-        results = validate(learner, held_out, wishes)
-        if ema:
-            with ema.in_place():
-                results |= validate(learner, held_out, wishes, "eval/ema")
-        state.policies["evaluations"] = state.policies.get("evaluations", 0) + 1
-        if questions and (state.policies["evaluations"] - 1) % config.eval_samples_interval == 0:
-            results |= answer_questions(learner, questions, tokenizer, partial(records.event, state.step, "sample"))
-        records.log_eval(state, results)
-        return results
-
     def adapt(results: dict[str, float]) -> None:
         policies.observe(results, plan, processes.sum_ints, records.event)
 
     # 8. Epochs
     reason = None
-    hooks = Hooks(save, evaluate, adapt, checkpointer.finish, checkpointer.has_failed)
     with records.running(state, plan), SignalFlags() as signals:
         control = ControlFile(save_dir / "control.json") if processes.is_main else None
         stop_at = config.max_hours and started + 3600 * config.max_hours
-        wishes = Wishes(signals, control, stop_at, goal_reached=lambda: policies.stopped)
+        wishes = Wishes(signals, control, stop_at, lambda: policies.stopped, records.alerts.wants_stop)
+        evaluate = partial(evaluation, wishes)
+        hooks = Hooks(save, evaluate, adapt, checkpointer.finish, checkpointer.has_failed)
         with watchdog:
             try:
                 if config.eval_at_start and state.step == 0:
@@ -572,6 +620,8 @@ def run_job(
                     train_epoch(learner, loader, micro_batches, state, plan, records, wishes, hooks)
             except Stopped as stop:
                 reason = str(stop) if str(stop) != EARLY else None
+                if reason:
+                    records.stopping(reason)
             except NonFiniteError:
                 checkpointer.finish()  # raised on all ranks alike, and what is on its way is good
                 raise
@@ -588,7 +638,7 @@ def run_job(
         if policies.best:
             logger.info(
                 "best %s %.4f after step %d (epoch %d), %s in all", config.monitor_metric, policies.best["value"],
-                policies.best["step"], policies.best["epoch"], duration(time.monotonic() - started),
+                policies.best["step"], policies.best["epoch"], duration(records.seconds()),
             )  # fmt: skip
         done = "early stopping" if policies.stopped else "all steps done"
         records.close("stopped" if reason else "completed", reason or done)
@@ -603,21 +653,6 @@ def export_results(config: Config, store: CheckpointStore, last_step: int, expor
     for name, step in (*(("best", step) for step in best), ("final", last_step)):  # the last one says: done
         weights = weights_to_export(store.path(step), averaged=config.export_ema)
         export(Path(config.save_dir) / name, state_dict=weights, dtype=getattr(torch, config.export_dtype))
-
-
-def answer_questions(
-    learner: Learner, questions: list[Question], tokenizer: Any, say: Callable[..., None]
-) -> dict[str, float]:
-    """Let the model answer held-out questions greedily, each rank its share; returns the share of exact answers."""
-    processes, exact = learner.processes, 0
-    for question in questions[processes.rank :: processes.world_size]:
-        room, ends = len(question.expected) + 8, {question.end}
-        (answer,) = generate(unwrap(learner.model), [question.prompt], max_new_tokens=room, eos_token_ids=ends)
-        exact += answer == question.expected
-        texts = tokenizer.batch_decode([question.prompt, question.expected, answer])
-        say(**dict(zip(("prompt", "expected", "answer"), texts, strict=True)), exact=answer == question.expected)
-        learner.beat()
-    return {"eval/exact_match": processes.sum_ints([exact])[0] / len(questions)}
 
 
 def load_data(config: Config, stages: list[Stage], tokenizer: Any, **how: Any) -> RunData:
@@ -668,6 +703,8 @@ def main(config: Config, run_it: Callable[[Config], dict[str, Any]] | None = Non
     except Exception as error:
         if is_lost_peer(error):
             logger.error("stopped: %s", LOST_PEER)
+        elif message := out_of_memory(error):
+            logger.error("error: %s", message)
         elif isinstance(error, tuple(EXIT_CODES)):
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             # What a library raised under a name that we use for what the user can mend may be a fault of ours.

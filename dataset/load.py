@@ -50,13 +50,14 @@ class DataRequest:
 
 @dataclass(frozen=True)
 class RunData:
-    """What is trained on and what is held out; `identity` changes whenever a resume would see other data."""
+    """What is trained on and what is held out; the identities change whenever a resume would see other data."""
 
     train: DrawnRows
     held_out: PackedRows | None
     by_source: dict[str, PackedRows]  # what is held out, as validation reads it
     report: dict[str, Any]
     identity: dict[str, Any]
+    held_out_identity: str
     rejects: list[dict[str, Any]]
 
 
@@ -139,6 +140,7 @@ def load_rows(
             "data": f"{store.fingerprint[:16]}/{selection[:16]}",
             "template": f"{stores[0].tokenizer_fingerprint[:16]}/{stores[0].template_fingerprint[:16]}",
         },
+        held_out_identity=f"{val_store.fingerprint[:16]}/{val.plan.fingerprint[:16]}" if val else "none",
         rejects=[{"path": each.source, **reject} for each in stores for reject in each.report["rejects"]],
     )
 
@@ -165,6 +167,9 @@ def _packed(store: JoinedStore, samples: np.ndarray, max_seq_len: int, packing: 
     return PackedRows(store, plan_rows(store.lengths[samples], max_seq_len, packing), samples)
 
 
+RESERVED_NAMES = ("ema",)  # under eval/ they mean something else
+
+
 def _by_source(store: JoinedStore, samples: np.ndarray, max_seq_len: int, packing: bool) -> dict[str, PackedRows]:
     """The samples of each file in rows of their own, under its name; files of one name are told apart by numbers."""
     found: dict[str, PackedRows] = {}
@@ -173,7 +178,7 @@ def _by_source(store: JoinedStore, samples: np.ndarray, max_seq_len: int, packin
         part = samples[(start <= samples) & (samples < end)]
         if len(part):
             name = Path(each.source).name.split(".")[0]
-            taken = sum(other.partition("#")[0] == name for other in found)
+            taken = sum(other.partition("#")[0] == name for other in found) + (name in RESERVED_NAMES)
             found[f"{name}#{taken + 1}" if taken else name] = _packed(store, part, max_seq_len, packing)
     return found
 

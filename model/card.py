@@ -1,5 +1,6 @@
 """The model card: what a stranger who finds the exported directory needs to know."""
 
+import json
 from typing import Any
 
 
@@ -7,13 +8,22 @@ def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str
     """README.md of an exported model, from the resolved flags, the token ledger and the last validation."""
     train = report["train"]
     base = "trained from scratch" if config["from_weight"] == "none" else f"fine-tuned from `{config['from_weight']}`"
+    stages = [{**config, **row} for row in json.loads(config["stages"])] if config["stages"] else [config]
+
+    def said(name: str) -> str:
+        """The value of a flag, or those of all stages in their order."""
+        return ", ".join(dict.fromkeys(str(stage[name]) for stage in stages))
+
     rows = [
         ("samples", train["samples"]),
         ("tokens", train["tokens"]),
         ("supervised share", f"{train['supervised_share']:.1%}"),
         ("steps", step),
-        ("rows per step", f"{config['global_batch_size']} of {config['max_seq_len']} tokens"),
-        ("peak learning rate", config["learning_rate"]),
+        *((("stages", ", ".join(stage["name"] for stage in stages)),) if config["stages"] else ()),
+        ("rows per step", said("global_batch_size")),
+        ("tokens of a row", said("max_seq_len")),
+        ("peak learning rate", said("learning_rate")),
+        *((("teacher", config["teacher"]), ("loss weights", said("loss_weights"))) if config["teacher"] else ()),
         ("arithmetic", config["dtype"]),
         ("seed", config["seed"]),
         *((name.replace("/", " ").replace("_", " "), f"{value:.4f}") for name, value in results.items()),

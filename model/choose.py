@@ -112,6 +112,19 @@ def shape_of(model: Any, names: Iterable[str]) -> dict[str, int | None]:
     return {name: getattr(model.config, name, None) for name in names}
 
 
+def sizes_of(from_weight: str, shape: dict[str, int], vocab_size: int) -> dict[str, int] | None:
+    """What a model's memory follows from, before any of its weights exist; None where that cannot be told here."""
+    if from_weight != NEW and not Path(from_weight).is_dir():
+        return None  # of the Hub, which is not asked for this
+    try:
+        model = choose_model(from_weight, shape if from_weight == NEW else {}, 0.0, 0, vocab_size, empty=True)
+    except (ValueError, OSError):  # whoever builds it for good says what is wrong
+        return None
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    known = {name: value or 0 for name, value in shape_of(model, names).items()}
+    return {**known, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
 def describe_model(model: Any) -> str:
     """What the model computes, in a line: two models that differ in more than their weights differ in it."""
     if isinstance(model, Decoder):

@@ -79,6 +79,7 @@ def run_ours(options: argparse.Namespace, directory: Path, **more: Any) -> dict[
         "batch_size": options.batch_size,
         "max_seq_len": options.max_seq_len,
         "save_dir": directory,
+        "report": 0,
         "overwrite": 1,
     }
     flags |= {"log_interval": 1, "save_interval": options.steps - 1, "eval_interval": "99epoch"}

@@ -39,7 +39,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def run(options: argparse.Namespace, save_dir: Path, **flags: Any) -> list[dict[str, Any]]:
     """The records of a run of the trainer; raises RuntimeError with its output when it fails."""
     given = {name: getattr(options, name) for name in ("data_path", "prompt_field", "response_field", "max_seq_len")}
-    values = {**SHAPE, **given, "save_dir": save_dir, "batch_size": 1, "max_steps": options.steps, "log_interval": 1}
+    values = {
+        **SHAPE,
+        **given,
+        "save_dir": save_dir,
+        "batch_size": 1,
+        "max_steps": options.steps,
+        "log_interval": 1,
+        "report": 0,
+    }
     values |= {"overlong": "drop", "save_interval": 10**9, **flags}
     words = [f"--{name}={value}" for name, value in values.items() if value is not None]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]

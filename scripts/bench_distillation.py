@@ -1,6 +1,6 @@
 """What a teacher is worth: `python -m scripts.bench_distillation runs/demo`, where the teacher is the trained demo.
 
-Trains a student of half its width on a few conversations of the demo, once alone and once under the teacher, for each
+Trains a student of half its width on few conversations of the demo, once alone and once under the teacher, for each
 seed: the same rows in the same order, the same steps. Prints the loss on the held-out conversations, the cross entropy
 for both, and how many of the answers are exact.
 """
@@ -21,7 +21,7 @@ from scripts.evaluate import positive
 from training.observe import read_history
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDENT = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+STUDENT = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -14,6 +14,7 @@ from typing import Any
 
 from scripts.evaluate import exit_code_of, spread
 from training.arguments import config_from_command_line
+from training.figures import BLUE, RED, YELLOW, new_figure, save_figure
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -90,23 +91,17 @@ def page(rows: Any, samples: list[int], tokenizer: Any, with_ids: bool) -> str:
 
 def draw_lengths(rows: Any, max_seq_len: int, path: Path) -> None:
     """Histogram of the tokens per sample, with the median and the length of a row."""
-    import matplotlib
     import numpy as np
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     lengths = rows.store.lengths[rows.samples]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.hist(lengths, bins=np.linspace(0, lengths.max() + 1, 61), color="#4c72b0")
-    axes.axvline(np.median(lengths), color="#dd8452", label=f"median {int(np.median(lengths))}")
+    figure, ((axes,),) = new_figure(size=(8, 4.5))
+    axes.hist(lengths, bins=np.linspace(0, lengths.max() + 1, 61), color=BLUE)
+    axes.axvline(np.median(lengths), color=YELLOW, label=f"median {int(np.median(lengths))}")
     if max_seq_len <= 1.5 * lengths.max():
-        axes.axvline(max_seq_len, color="#c44e52", linestyle="--", label=f"row {max_seq_len}")
+        axes.axvline(max_seq_len, color=RED, linestyle="--", label=f"row {max_seq_len}")
     axes.set(xlabel="tokens of a sample", ylabel="samples", title=f"{len(lengths):,} samples, {lengths.sum():,} tokens")
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def inspect(options: argparse.Namespace, config: Any) -> None:

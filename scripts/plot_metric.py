@@ -10,6 +10,7 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
+from training.figures import draw_bands, new_figure, save_figure
 from training.metrics import read_records
 
 
@@ -40,29 +41,17 @@ def curve(run: Path, metric: str) -> tuple[list[float], list[float], list[dict[s
 
 
 def draw(runs: list[Path], metric: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     curves = [curve(run, metric) for run in runs]
-    figure, axes = pyplot.subplots(figsize=(9, 4.5))
+    figure, ((axes,),) = new_figure()
     for run, (places, values, _, _) in zip(runs, curves, strict=True):
         axes.plot(places, values, marker="o", markersize=3, linewidth=1.5, label=run.name)
     _, _, stages, begins = curves[0]
-    for number, (stage, begin) in enumerate(zip(stages, begins, strict=True)):
-        end = [*begins[1:], max(places[-1] for places, *_ in curves)][number]
-        axes.axvspan(begin if number else 0.0, end, color="#888888", alpha=0.12 if number % 2 else 0.0, linewidth=0)
-        axes.annotate(
-            stage["name"], (begin if number else 0.0, 1), xycoords=("data", "axes fraction"), xytext=(2, 4),
-            textcoords="offset points", fontsize=8, color="#666666",
-        )  # fmt: skip
+    if stages:
+        limits = [0.0, *begins[1:], max(places[-1] for places, *_ in curves)]
+        draw_bands([axes], [(s["name"], *limits[number : number + 2]) for number, s in enumerate(stages)])
     axes.set(xlabel="million tokens trained", ylabel=metric)
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> int:

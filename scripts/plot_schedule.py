@@ -13,8 +13,7 @@ from typing import Any
 
 from scripts.evaluate import exit_code_of, positive
 from training.arguments import config_from_command_line
-
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+from training.figures import COLOURS, draw_bands, new_figure, save_figure
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -29,43 +28,30 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def draw(plan: Any, path: Path) -> None:
     """The learning rate above, below it a panel for the weight of each loss term that has one; stages as bands."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     steps = range(1, plan.total_steps + 1)
     weights = [plan.loss_weights(step) for step in steps]
     terms = sorted({term for each in weights for term in each})
     rows, height = 1 + len(terms), 3.5 + 1.8 * len(terms)
     ratios = {"height_ratios": [2, *[1] * len(terms)]}
-    figure, panels = pyplot.subplots(rows, 1, figsize=(9, height), sharex=True, squeeze=False, gridspec_kw=ratios)
+    figure, panels = new_figure(rows, size=(9, height), sharex=True, gridspec_kw=ratios)
     axes = panels[:, 0]
     axes[0].plot(steps, [plan.lr(step) for step in steps], color=COLOURS[0], linewidth=1.5)
     axes[0].set(ylabel="learning rate")
     axes[0].set_title(f"{plan.total_steps:,} steps, {plan.epochs:,} epochs", pad=20)
-    axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    axes[0].yaxis.set_major_formatter("{x:.3g}")
     for number, term in enumerate(terms, start=1):
         values = [each.get(term, 1.0) for each in weights]
         axes[number].plot(steps, values, color=COLOURS[number % len(COLOURS)], linewidth=1.5)
         axes[number].set(ylabel=f"weight of {term}")
-    for number, span in enumerate(plan.spans if len(plan.spans) > 1 else ()):
-        first, last = span.steps_before + 0.5, min(span.steps_before + span.length, plan.total_steps) + 0.5
-        if first > plan.total_steps:
-            break
-        for each in axes:
-            each.axvspan(first, last, color="#888888", alpha=0.12 if number % 2 else 0.0, linewidth=0)
-        axes[0].annotate(
-            span.stage.name, (first, 1), xycoords=("data", "axes fraction"), xytext=(2, 4),
-            textcoords="offset points", fontsize=8, color="#666666",
-        )  # fmt: skip
+    if len(plan.spans) > 1:
+        spans = [span for span in plan.spans if span.steps_before < plan.total_steps]
+        ends = [min(span.steps_before + span.length, plan.total_steps) for span in spans]
+        names = [(span.stage.name, span.steps_before + 0.5) for span in spans]
+        draw_bands(axes, [(*name, end + 0.5) for name, end in zip(names, ends, strict=True)])
     axes[-1].set(xlabel="step", xlim=(0.5, plan.total_steps + 0.5))
     for each in axes:
         each.set_ylim(bottom=0.0, top=1.08 * each.get_ylim()[1])
-        each.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def plan_of(config: Any, processes: int) -> Any:
@@ -73,11 +59,12 @@ def plan_of(config: Any, processes: int) -> Any:
     from model.choose import choose_tokenizer, load_tokenizer, weights_source
     from train_full_sft import load_data
     from training.plan import make_plan, rows_per_step
-    from training.stages import read_stages
+    from training.stages import check_terms, read_stages
     from training.state import LoopState
 
     source = choose_tokenizer(config.tokenizer, weights_source(config.from_weight))
     stages, tokenizer = read_stages(config), load_tokenizer(source, config.chat_template)
+    check_terms(stages)
     data = load_data(config, stages, tokenizer, owner=True, echo=lambda line: print(line, file=sys.stderr))
     return make_plan(stages, data.train.rows_of, rows_per_step(stages, processes, ()), LoopState())
 

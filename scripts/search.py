@@ -25,16 +25,20 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from scripts.evaluate import positive
 from scripts.verify import kill
 from training.arguments import parse_config
-from training.config import Config, ConfigError, field_types, make_config, overlay, unknown_flag
+from training.config import ALTERNATIVES, Config, ConfigError, field_types, make_config, overlay, unknown_flag
+from training.figures import GREY, new_figure, save_figure
 from training.metrics import read_records
 from training.yaml_files import parse_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ({"low", "high"}, {"choices"})
 MORE = {"log", "step"}
+OWN_FLAGS = ("save_dir", "overwrite", "from_resume", "save_interval")
 MAX_FAILURES = 3
 LOOK_SECONDS, SECONDS_TO_STOP = 0.2, 40
 PR_SET_PDEATHSIG = 1  # of prctl
@@ -64,7 +68,9 @@ def read_space(path: str) -> dict[str, dict[str, Any]]:
         raise ConfigError([f"--space {path}: expected 'flag: {{low: …, high: …}}' lines"])
     problems = []
     for name, choice in space.items():
-        if name not in field_types():
+        if name in OWN_FLAGS:
+            problems.append(f"--space {path}: {name} is set by the search itself")
+        elif name not in field_types():
             problems.append(f"--space {path}: {unknown_flag(str(name))}")
         elif not isinstance(choice, dict) or not any(kind <= choice.keys() <= kind | MORE for kind in KINDS):
             problems.append(f"--space {path}: {name} needs low and high (and log or step), or choices")
@@ -74,20 +80,31 @@ def read_space(path: str) -> dict[str, dict[str, Any]]:
             isinstance(choice[key], (int, float)) and not isinstance(choice[key], bool) for key in ("low", "high")
         ):
             problems.append(f"--space {path}: {name}: low and high must be numbers (1e-5 needs a dot in YAML: 1.0e-5)")
+        elif "low" in choice and field_types()[name][0] not in (int, float):
+            problems.append(f"--space {path}: {name} is no number: give it choices")
         elif "low" in choice and choice["low"] > choice["high"]:
             problems.append(f"--space {path}: {name}: low is above high")
+        elif {"log", "step"} <= choice.keys() or not isinstance(choice.get("log", False), bool):
+            problems.append(f"--space {path}: {name}: log is true or false, and goes without step")
+        elif "step" in choice and not (type(choice["step"]) in (int, float) and choice["step"] > 0):
+            problems.append(f"--space {path}: {name}: step must be a number greater than 0")
+        elif choice.get("log") and choice["low"] <= 0:
+            problems.append(f"--space {path}: {name}: with log, low must be greater than 0")
     if problems:
         raise ConfigError(problems)
     return space
 
 
-def check_values(space: dict[str, dict[str, Any]], config: Config) -> None:
+def check_values(space: dict[str, dict[str, Any]], config: Config, words: list[str]) -> None:
     """Raises ConfigError for what no trial could be started with, and ValueError for what a search sets itself."""
-    own = [name for name in ("from_resume", "overwrite") if getattr(config, name) not in ("0", False)]
-    if own:
+    given = given_flags(config)
+    on_the_line = {word.partition("=")[0].removeprefix("--") for word in words}
+    if own := [name for name in OWN_FLAGS if name in on_the_line]:  # in a file they do no harm
         raise ValueError(f"--{own[0]}: a search sets this itself; the same command goes on where it was stopped")
-    given = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
-    problems = []
+    problems = [
+        f"--space: {name} and --{other}, which is given, say the same in two ways: choose one"
+        for name in space for pair in ALTERNATIVES if name in pair for other in pair if other in given and other != name
+    ]  # fmt: skip
     for name, choice in space.items():
         for value in choice.get("choices", [choice.get("low"), choice.get("high")]):
             try:
@@ -96,6 +113,14 @@ def check_values(space: dict[str, dict[str, Any]], config: Config) -> None:
                 problems += [f"--space: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
+
+
+def given_flags(config: Config) -> dict[str, Any]:
+    """The flags that are not as they would be anyway; a table of stages by its full name."""
+    given = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    if "stages" in given and not given["stages"].lstrip().startswith("["):
+        given["stages"] = str(Path(given["stages"]).resolve())
+    return given
 
 
 def suggest(trial: Any, space: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -122,7 +147,7 @@ def end_with_parent() -> None:
 def running(words: list[str], processes: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The trainer in a process group of its own, of which nothing outlives the block."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else ()), "train_full_sft.py", *words]
+    command = [sys.executable, *(launcher if processes > 1 else ()), *words]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     with open(log, "wb") as file:
         job = subprocess.Popen(
@@ -148,19 +173,23 @@ def evaluations(run: Path, metric: str) -> dict[int, float]:
 
 
 class Search:
-    def __init__(self, options: argparse.Namespace, words: list[str], config: Config, space: dict[str, dict[str, Any]]):
-        self.options, self.words, self.config, self.space, self.failures = options, words, config, space, 0
+    def __init__(self, options: argparse.Namespace, config: Config, space: dict[str, dict[str, Any]]):
+        self.options, self.config, self.space, self.failures = options, config, space, 0
 
     def train(self, trial: Any) -> float:
         """The best value that a run with the suggested flags reached. Raises TrialPruned, or RuntimeError."""
         import optuna
 
         run = (self.options.study_dir / f"trial-{trial.number:04d}").resolve()
-        values = {**suggest(trial, self.space), "save_dir": str(run), "overwrite": 1, "save_interval": 10**9}
-        flags = [f"--{name}={value}" for name, value in values.items()]
+        values = suggest(trial, self.space)
+        own = {"save_dir": str(run), "overwrite": True, "save_interval": str(10**9), "report": False}
+        settings = run.with_suffix(".yaml")
+        settings.write_text(yaml.safe_dump({**overlay(given_flags(self.config), values), **own}, allow_unicode=True))
+        program = ["-m", "scripts.train_distillation"] if self.config.teacher else ["train_full_sft.py"]
+        words = [*program, f"--config={settings}"]
         print(f"trial {trial.number}: " + ", ".join(f"{name} {values[name]}" for name in self.space), flush=True)
         told: set[int] = set()
-        with running([*self.words, *flags], self.options.processes, run.with_suffix(".log")) as job:
+        with running(words, self.options.processes, run.with_suffix(".log")) as job:
             ended = False
             while not ended:
                 ended = job.poll() is not None
@@ -220,10 +249,10 @@ class Search:
 
     def _check_same(self, study: Any) -> None:
         """Trials can be compared only where all flags but those of the space are the same. Raises ValueError."""
-        own = {*self.space, "save_dir", "overwrite", "save_interval"}
+        own = {*self.space, *OWN_FLAGS}
         flags = {name: value for name, value in asdict(self.config).items() if name not in own}
         same = json.dumps([self.space, flags, self.options.processes], sort_keys=True)
-        if study.user_attrs.setdefault("search", same) != same:
+        if study.trials and study.user_attrs.get("search", same) != same:
             raise ValueError(f"--study_dir {self.options.study_dir} holds a search with other flags or another space")
         study.set_user_attr("search", same)
 
@@ -247,24 +276,16 @@ def write_results(study: Any, space: dict[str, dict[str, Any]], metric: str, stu
 
 def draw(done: list[Any], space: dict[str, dict[str, Any]], metric: str, path: Path) -> None:
     """The metric over each searched flag, a panel for each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(space), figsize=(4 * len(space), 3.5), sharey=True, squeeze=False)
+    figure, panels = new_figure(1, len(space), size=(4 * len(space), 3.5), sharey=True)
     for axes, (name, choice) in zip(panels[0], space.items(), strict=True):
         values = [str(trial.params[name]) if "choices" in choice else trial.params[name] for trial in done]
         axes.scatter(values, [trial.value for trial in done], c=[t.number for t in done], cmap="viridis", s=28)
         axes.set(xlabel=name)
         if choice.get("log"):
             axes.set_xscale("log")
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set(ylabel=metric)
-    figure.suptitle("darker is earlier", fontsize=9, color="#888888")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    figure.suptitle("darker is earlier", fontsize=9, color=GREY)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -274,10 +295,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, _ = parse_config(words)
         space = read_space(options.space)
-        check_values(space, config)
+        check_values(space, config, words)
         if not (config.val_data_path or config.val_fraction or config.data_path == "demo"):
             raise ValueError("a search needs held-out data: --val_data_path or --val_fraction")
-        study = Search(options, words, config, space).run()
+        study = Search(options, config, space).run()
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 70 if isinstance(error, RuntimeError) else 74

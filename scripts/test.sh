@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements-dev.txt
 # Tests that need these tools of the system are skipped where they are not.
-for pair in strace:strace ip:iproute2; do
+for pair in strace:strace ip:iproute2 chromium:chromium; do
     tool=${pair%:*} package=${pair#*:}
     if command -v "$tool" > /dev/null; then
         continue

@@ -6,45 +6,18 @@ are those of train_full_sft.py. The weights of the two terms are --loss_weights 
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from training.arguments import build_parser, config_from_command_line
+from training.arguments import config_from_command_line
 from training.config import Config
 from training.lock import lock_or_exit
 from training.stages import read_stages, stages_as_text, weighs
 from training.weights import parse_loss_weights
 
-ALPHA, TEMPERATURE = 0.7, 4.0
-
-
-def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    flag = parser.add_argument_group("distillation").add_argument
-    flag("--teacher", metavar="TEXT", required=True, help="model to learn from: directory, finished run or Hub id")
-    flag("--alpha", metavar="X", type=float, help=f"weight of the teacher; the data has 1 - X (default {ALPHA})")
-    text = f"softens what both say (default {TEMPERATURE:g})"
-    flag("--temperature", metavar="X", type=float, default=TEMPERATURE, help=text)
-    choices = ("auto", "float32", "bfloat16", "float16")
-    flag("--teacher_dtype", choices=choices, default="auto", help="its weights and arithmetic; auto = as --dtype")
-    return parser
-
-
-def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
-    """The flags of this script, and the configuration that all others make. Exits on --help and on what is wrong."""
-    texts = {"prog": "scripts.train_distillation", "description": "Fine-tune a language model under a teacher."}
-    if {"-h", "--help"} & set(argv):
-        trainer = build_parser()
-        trainer.prog, trainer.description = texts.values()
-        add_flags(trainer).print_help()
-        sys.exit(0)
-    own = add_flags(argparse.ArgumentParser(**texts, add_help=False, allow_abbrev=False))
-    options, others = own.parse_known_args(argv)
-    return options, config_from_command_line(others)
+ALPHA = 0.7
 
 
 def weights_of_terms(loss_weights: str, alpha: float | None) -> str:
@@ -59,31 +32,33 @@ def weights_of_terms(loss_weights: str, alpha: float | None) -> str:
     return ", ".join([*missing, *filter(None, [loss_weights])])
 
 
-def distill(options: argparse.Namespace, config: Config) -> dict[str, Any]:
+def distill(config: Config) -> dict[str, Any]:
     """`train_full_sft.run` with a teacher. Raises what that raises, and ValueError for a teacher that does not fit."""
     import train_full_sft
     from model.choose import choose_model, choose_tokenizer, load_tokenizer, weights_source
-    from model.distillation import check_distillation, check_teacher, fingerprint, make_distillation_objective
+    from model.distillation import check_teacher, fingerprint, make_distillation_objective
     from model.loading import load_model
     from trainer_utils import environment_rank
     from training.process import choose_device, setup_logging
 
     rank, local_rank, _ = environment_rank()
     setup_logging(rank)
-    alpha = ALPHA if options.alpha is None else options.alpha
-    check_distillation(alpha, options.temperature)
+    if config.teacher is None:
+        raise ValueError("--teacher is missing: the directory of a model, a finished run or a Hub id")
+    alpha = ALPHA if config.alpha is None else config.alpha
     if alpha == 0:
         train_full_sft.logger.warning("--alpha 0: this is the trainer alone, no teacher is loaded")
-        return train_full_sft.run(config)
+        plain = {name: getattr(Config, name) for name in ("teacher", "alpha", "temperature", "teacher_dtype")}
+        return train_full_sft.run(replace(config, **plain))
     if config.stages is not None:  # a row that weighs other terms must not lose the teacher
         rows = [
-            replace(stage, config=replace(s, loss_weights=weights_of_terms(s.loss_weights, options.alpha)))
+            replace(stage, config=replace(s, loss_weights=weights_of_terms(s.loss_weights, config.alpha)))
             for stage, s in ((stage, stage.config) for stage in read_stages(config))
         ]
         config = replace(config, stages=stages_as_text(rows, config))
-    config = replace(config, loss_weights=weights_of_terms(config.loss_weights, options.alpha))
+    config = replace(config, loss_weights=weights_of_terms(config.loss_weights, config.alpha))
 
-    source, from_weight = weights_source(options.teacher), weights_source(config.from_weight)
+    source, from_weight = weights_source(config.teacher), weights_source(config.from_weight)
     tokenizer = load_tokenizer(choose_tokenizer(config.tokenizer, from_weight), config.chat_template)
     student = choose_model(from_weight, config.shape, config.dropout, config.seed, len(tokenizer), empty=True)
     teacher = load_model(source)
@@ -94,17 +69,17 @@ def distill(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     taught_by = f"teacher {fingerprint(teacher)}"
 
     device = choose_device(config.device, local_rank, saves_memory=config.strategy == "fsdp")
-    dtype_name = options.teacher_dtype if options.teacher_dtype != "auto" else config.dtype
+    dtype_name = config.teacher_dtype if config.teacher_dtype != "auto" else config.dtype
     if dtype_name == "auto":
         dtype_name = "bfloat16" if device.type == "cuda" else "float32"
     move(teacher, device, dtype_name)
     train_full_sft.logger.info("teacher: %s in %s", source, dtype_name)
     objective = make_distillation_objective(
-        teacher, alpha, options.temperature, config.label_smoothing,
+        teacher, alpha, config.temperature, config.label_smoothing,
         z=weighs(read_stages(config), "z"),
         neftune_alpha=config.neftune_alpha, gradient_penalty=config.gradient_penalty > 0,
     )  # fmt: skip
-    identity = {"objective": f"{taught_by} in {dtype_name}, alpha {alpha}, temperature {options.temperature}"}
+    identity = {"objective": f"{taught_by} in {dtype_name}, alpha {alpha}, temperature {config.temperature}"}
     return train_full_sft.run(config, objective, extra_identity=identity)
 
 
@@ -117,16 +92,16 @@ def move(teacher: Any, device: Any, dtype_name: str) -> None:
     teacher.to(device)
 
 
-def main(options: argparse.Namespace, config: Config) -> int:
+def main(config: Config) -> int:
     import train_full_sft
 
-    return train_full_sft.main(config, partial(distill, options))
+    return train_full_sft.main(config, distill)
 
 
 if __name__ == "__main__":
-    OPTIONS, CONFIG = parse(sys.argv[1:])
+    CONFIG = config_from_command_line(prog="torchrun -m scripts.train_distillation")
     if os.environ.get("RANK", "0") == "0" and not CONFIG.dry_run:  # before torch is imported, as in the trainer
         LOCK = lock_or_exit(Path(CONFIG.save_dir))
     from training.process import end_process
 
-    end_process(main(OPTIONS, CONFIG))
+    end_process(main(CONFIG))

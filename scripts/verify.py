@@ -79,7 +79,13 @@ class Bench:
     def start(self, run: Path, processes: int, worker: tuple[str, ...] = (), **flags: Any) -> subprocess.Popen[bytes]:
         """torchrun with the trainer, or with a worker that wraps it; all that is said goes to run.log."""
         values = {**FLAGS, "data_path": self.rows, "val_data_path": self.rows, "cache_dir": self.work / "cache"}
-        values |= {"device": self.device, "deterministic": int(self.device == "cuda"), "save_dir": run, **flags}
+        values |= {
+            "device": self.device,
+            "deterministic": int(self.device == "cuda"),
+            "save_dir": run,
+            "report": 0,
+            **flags,
+        }
         program = ["-m", "scripts.verify_workers", *worker] if worker else ["train_full_sft.py"]
         return self.torchrun(run.with_suffix(".log"), processes, program + [f"--{n}={v}" for n, v in values.items()])
 
@@ -177,7 +183,7 @@ def difference(run: Path, other: Path) -> float:
 def _comparable(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Without times, and without events: the kill may come between a checkpoint and the record of it."""
     for record in records:
-        if record["kind"] != "event":
+        if record["kind"] not in ("event", "system"):
             yield {name: value for name, value in record.items() if not any(word in name for word in TIMING)}
 
 

@@ -142,6 +142,12 @@ def test_plateau_is_that_of_torch_with_one_less_patience(curve, mode):
     assert ours != of_torch(5) or not ours
 
 
+def test_without_a_cooldown_a_loss_that_gets_worse_is_cut_again_and_again():
+    made = multiplier("plateau", lr_adapt_patience=1, lr_adapt_threshold=0.0)
+    assert decisions(made, [1, 1.1, 1.2, 1.3, 1.4]) == [(1, 0.5), (2, 0.25), (3, 0.125), (4, 0.0625)]
+    assert multiplier("adaptive").cooldown == 3 and multiplier("adaptive", lr_adapt_cooldown=0).cooldown == 0
+
+
 def test_flags_choose_the_multiplier():
     assert make_multiplier(Config()) is None
     assert type(multiplier("plateau")) is Plateau and type(multiplier("adaptive")) is Adaptive
@@ -189,18 +195,19 @@ def test_the_best_is_remembered_over_a_cut():
     assert made.best == 1.0
 
 
-def test_nothing_changes_in_the_window_after_a_change_and_what_was_due_comes_next():
+def test_nothing_changes_in_the_cooldown_after_a_change_and_what_was_due_comes_next():
     flat = [1.0] * 20
-    assert decisions(multiplier("plateau", lr_adapt_window=7), flat) == [(5, 0.5), (13, 0.25)]
-    assert decisions(multiplier("plateau", lr_adapt_window=4), flat) == [(5, 0.5), (10, 0.25), (15, 0.125)]
+    assert decisions(multiplier("plateau", lr_adapt_cooldown=7), flat) == [(5, 0.5), (13, 0.25)]
+    assert decisions(multiplier("plateau", lr_adapt_cooldown=4), flat) == [(5, 0.5), (10, 0.25), (15, 0.125)]
     better_in_time = [*[1.0] * 12, 0.5, *[0.5] * 4, 0.5]
-    assert decisions(multiplier("plateau", lr_adapt_window=7), better_in_time) == [(5, 0.5), (17, 0.25)]
+    assert decisions(multiplier("plateau", lr_adapt_cooldown=7), better_in_time) == [(5, 0.5), (17, 0.25)]
 
 
 @pytest.mark.parametrize("kind", ["plateau", "adaptive"])
 @pytest.mark.parametrize("patience", [1, 2, 5])
 def test_changes_are_more_than_a_window_apart_whatever_happens(kind, patience):
     flags = {"lr_adapt_patience": patience, "lr_adapt_drop_patience": patience + 1, "lr_adapt_window": 4}
+    flags |= {"lr_adapt_cooldown": 4} if kind == "plateau" else {}
     apart = []
     for values in CURVES.values():
         at = [i for i, _ in decisions(multiplier(kind, **flags), values)]

@@ -126,6 +126,7 @@ def test_the_adaptive_run_rises_linearly_from_1e_5_to_5e_4_in_ten_epochs():
     adapt = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name.startswith("lr_adapt_")}
     assert config.lr_adapt == "adaptive" and adapt == {
         "lr_adapt_patience": 50, "lr_adapt_factor": 0.7, "lr_adapt_threshold": 0.001, "lr_adapt_window": 20,
+            "lr_adapt_cooldown": None,
         "lr_adapt_boost": 1.5, "lr_adapt_drop": 0.8, "lr_adapt_drop_patience": 30,
     }  # fmt: skip
     assert (config.min_lr, config.max_lr_factor) == (1e-6, 3.0)

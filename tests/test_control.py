@@ -50,13 +50,19 @@ def test_a_pause_begins_with_one_checkpoint_and_ends_with_a_command(tmp_path):
         if done.count("beat") == 2:
             command(path, 2, "resume")
 
-    wishes.obey(wishes.look(), list, lambda: done.append("save"), done.append, beat)
-    assert done == ["save", "paused", "beat", "beat", "running"]
-    wishes.obey(wishes.look(), list, lambda: done.append("save"), done.append, beat)
-    assert len(done) == 5
-    command(path, 3, STOP)
+    def obey():
+        wishes.obey(wishes.look(), list, lambda: done.append("save"), lambda *said: done.append(said), beat)
+
+    obey()
+    assert done == [("pausing",), "save", ("paused", 1), "beat", "beat", ("running", 2)]
+    obey()
+    assert len(done) == 6
+    command(path, 3, SAVE)
+    obey()
+    assert done[6:] == ["save", ("saved", 3)]
+    command(path, 4, STOP)
     with pytest.raises(Stopped, match="a stop command"):
-        wishes.obey(wishes.look(), list, lambda: done.append("save"), done.append, beat)
+        obey()
 
 
 class StopInValidation:

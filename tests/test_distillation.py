@@ -23,7 +23,7 @@ from model.distillation import (
 )
 from model.loading import load_model
 from model.losses import make_sft_objective
-from scripts.train_distillation import parse, weights_of_terms
+from scripts.train_distillation import weights_of_terms
 from tests.small_world import TINY, log_of, records_of, result_of, resume_from, run_ranks, train
 from tests.test_export import foreign
 from tests.tiny_model import FILLER, logits_of, pack, tiny, tokens
@@ -273,25 +273,24 @@ def test_a_fingerprint_tells_weights_apart():
 # --- the script
 
 
-def test_own_flags_and_those_of_the_trainer_may_stand_in_any_order():
-    words = "--packing 0 --teacher DIR --max_steps 7 --alpha=0.5 --bare --data_path a.jsonl --teacher_dtype float16"
-    options, config = parse(words.replace("--bare", "--deterministic").split())
-    assert vars(options) == {"teacher": "DIR", "alpha": 0.5, "temperature": 4.0, "teacher_dtype": "float16"}
-    assert (config.packing, config.max_steps, config.deterministic, config.data_path) == (False, 7, True, "a.jsonl")
+def test_without_a_teacher_and_with_one_in_the_wrong_place_it_is_said(tmp_path, rows, teacher):
+    assert distill(1, tmp_path / "none", data_path=rows) == [2]
+    assert "--teacher is missing" in log_of(tmp_path / "none")
+    assert train(1, tmp_path / "plain", data_path=str(rows), teacher=str(teacher)) == [2]
+    assert "is started by torchrun -m scripts.train_distillation" in log_of(tmp_path / "plain")
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "said"),
-    [
-        ("--help", 0, "--teacher_dtype"), ("--help", 0, "--max_seq_len"), ("--alpha 0.5", 2, "--teacher"),
-        ("--teacher a --temprature 3", 2, "unknown flag --temprature"), ("--teacher a --alpha b", 2, "--alpha"),
-        ("--teacher a --batch_size 0", 2, "--batch_size 0: must be at least 1"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_is_said(capsys, words, code, said):
-    with pytest.raises(SystemExit) as end:
-        parse(words.split())
-    assert end.value.code == code and said in "".join(capsys.readouterr())
+def test_the_saved_settings_start_the_same_run_again(tmp_path, rows, teacher):
+    words = ("--teacher", str(teacher), "--temperature", "2", "--alpha", "0.6", "--max_steps", "2")
+    assert distill(1, tmp_path / "first", *words, data_path=rows) == [0], log_of(tmp_path / "first")
+    saved = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
+    assert (saved["teacher"], saved["temperature"], saved["alpha"]) == (str(teacher), 2.0, 0.6)
+    config = str(tmp_path / "first" / "config.yaml")
+    argv = ["--config", config, f"--save_dir={tmp_path / 'again'}"]
+    assert run_ranks(_distill_rank, 1, (argv, str(tmp_path / "again"))) == [0], log_of(tmp_path / "again")
+    assert result_of(tmp_path / "again") == result_of(tmp_path / "first")
+    card = (tmp_path / "first" / "final" / "README.md").read_text()
+    assert f"| teacher | {teacher} |" in card and "| loss weights | ce=0.4, kd=0.6 |" in card
 
 
 @pytest.mark.parametrize(
@@ -327,9 +326,10 @@ def _distill_rank(rank, argv, save_dir):
     descriptor = os.open(f"{save_dir}.rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from scripts.train_distillation import main, parse
+    from scripts.train_distillation import main
+    from training.arguments import config_from_command_line
 
-    sys.exit(main(*parse(argv)))
+    sys.exit(main(config_from_command_line(argv)))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,13 @@ CORE = [
 ]  # the demo is data, not machinery
 
 
+# What looks at a run and changes nothing that is trained: it could be taken away.
+WATCHING = {
+    f"training/{name}.py"
+    for name in ("alerts", "diagnosis", "doctor", "figures", "observe", "plots", "report", "sinks", "system")
+}
+
+
 def room_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
@@ -82,7 +89,9 @@ def test_the_core_stays_small_enough_to_read():
     assert max(lengths.pop(name) for name in ("train_full_sft.py", "trainer_utils.py")) <= 720
     assert max(lengths.values()) <= 450
     written = {name: lines_of_code(text) for name, text in texts.items()}
-    assert sum(written.values()) <= 7100, written
+    watching = sum(written.pop(name) for name in WATCHING)
+    assert sum(written.values()) <= 7200, written
+    assert watching <= 1600, watching
     assert lines_of_code('"""A\n\nB."""\n# c\n\nx = """\n"""  # d\n') == 2
 
 

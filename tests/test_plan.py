@@ -112,12 +112,6 @@ def test_the_position_within_any_stage_gives_the_same_plan():
             state.next_epoch()
 
 
-def test_max_steps_ends_a_staged_run_early_and_leaves_its_learning_rates_alone():
-    whole, cut = plan_of(3, 4, 2, stages=json.dumps(TABLE)), plan_of(3, 4, 2, stages=json.dumps(TABLE), max_steps=12)
-    assert (cut.total_steps, cut.epochs) == (12, 6)
-    assert [cut.lr(step) for step in range(1, 13)] == [whole.lr(step) for step in range(1, 13)]
-
-
 def test_a_staged_run_keeps_the_rows_of_its_steps():
     state = LoopState(step=5, epoch=2, rows=4)
     with pytest.raises(ValueError, match="keeps the rows"):

@@ -30,6 +30,11 @@ def words_of(tmp_path, rows, **more):
         ("learning_rate: {low: 0.1}", "learning_rate needs low and high"),
         ("learning_rate: {low: 1e-5, high: 0.2}", "low and high must be numbers"),
         ("learning_rate: {low: 0.3, high: 0.2}", "low is above high"),
+        ("batch_size: {low: 2, high: 4, step: 0}", "step must be a number greater than 0"),
+        ("batch_size: {low: 2, high: 4, step: 2, log: true}", "goes without step"),
+        ("learning_rate: {low: 0.0, high: 0.2, log: true}", "with log, low must be greater than 0"),
+        ("amsgrad: {low: 0, high: 1}", "amsgrad is no number: give it choices"),
+        ("save_dir: {choices: [a, b]}", "save_dir is set by the search itself"),
         ("lr_schedule: {choices: []}", "choices must be a list"),
         ("[1, 2]", "expected"),
         ("", "expected"),
@@ -39,6 +44,17 @@ def test_a_space_that_cannot_be_is_refused(tmp_path, text, said):
     (tmp_path / "space.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         read_space(str(tmp_path / "space.yaml"))
+
+
+def test_a_space_beside_flags_that_say_the_same_is_refused(tmp_path, capsys):
+    space = tmp_path / "space.yaml"
+    space.write_text("warmup_ratio: {low: 0.0, high: 0.1}\nepochs: {low: 1, high: 3}")
+    words = ["--space", str(space), "--study_dir", str(tmp_path / "study"), "--data_path", "demo"]
+    assert main([*words, "--warmup_steps", "2", "--max_steps", "4"]) == 2
+    said = capsys.readouterr().err
+    assert "warmup_ratio and --warmup_steps" in said and "epochs and --max_steps" in said
+    assert main([*words, "--save_dir", "elsewhere"]) == 2
+    assert "--save_dir: a search sets this itself" in capsys.readouterr().err
 
 
 def test_values_are_drawn_as_the_space_says(tmp_path):

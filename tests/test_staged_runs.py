@@ -1,6 +1,8 @@
 """Runs of several stages, and what follows their course: all of it survives a stop at any step with the same bits."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -192,7 +194,32 @@ def test_the_weights_of_terms_reach_the_gradient(tmp_path, rows):
     norms = [records_of(tmp_path / name, "train")[0]["train/grad_norm"] for name in ("once", "twice")]
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-6)
     assert train(1, tmp_path / "wrong", **flags, loss_weights="kd=1") == [2]
-    assert "--loss_weights kd: the terms of this objective are ce" in log_of(tmp_path / "wrong")
+    assert "--loss_weights kd: the terms are ce, z; kd needs --teacher" in log_of(tmp_path / "wrong")
+    assert train(2, tmp_path / "rising", **flags, loss_weights="ce=linear(0, 1, 0, 1)") == [0, 0]
+    assert records_of(tmp_path / "rising", "train")[0]["train/grad_norm"] == 0.0
+
+
+def test_the_time_of_a_run_goes_on_after_a_resume(tmp_path, rows):
+    assert train(1, tmp_path / "run", data_path=str(rows), max_steps=4) == [0]
+    cut = resume_from(tmp_path / "run", 2, tmp_path / "cut")
+    state = json.loads((cut / "state.json").read_text())
+    (cut / "state.json").write_text(json.dumps({**state, "seconds": 5000.0, "status": "stopped"}))
+    assert train(1, cut, data_path=str(rows), max_steps=4, from_resume="1") == [0]
+    assert 5000.0 < json.loads((cut / "state.json").read_text())["seconds"] < 5100.0
+    assert 0.0 < state["seconds"] < 100.0
+
+
+def test_other_held_out_data_is_refused_where_something_follows_it(tmp_path, rows):
+    held_out = shutil.copy(rows, tmp_path / "held_out.jsonl")
+    flags = {"data_path": str(rows), "val_data_path": str(held_out), "eval_interval": "2", "max_steps": 4}
+    for name, more in (("followed", {"early_stopping_patience": 5}), ("free", {})):
+        assert train(1, tmp_path / name, **flags, **more) == [0]
+    lines = Path(held_out).read_text().splitlines(keepends=True)
+    Path(held_out).write_text("".join(lines[1:]))
+    cut = resume_from(tmp_path / "followed", 2, tmp_path / "cut")
+    assert train(1, cut, **flags, early_stopping_patience=5, from_resume="1") == [2]
+    assert "schedule: the checkpoint has" in log_of(cut) and "measured on" in log_of(cut)
+    assert train(1, resume_from(tmp_path / "free", 2, tmp_path / "on"), **flags, from_resume="1") == [0]
 
 
 def test_held_out_prompts_are_answered_for_show_every_n_evaluations(tmp_path, rows):

@@ -1,6 +1,7 @@
 """The stage table: rows inherit from the run, every problem is told at once, and what was read can be written again."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from training.arguments import parse_config
 from training.config import Config, ConfigError, make_config
-from training.stages import OWN_KEYS, STAGE_FLAGS, Stage, read_stages, stages_as_text
+from training.stages import OWN_KEYS, STAGE_FLAGS, Stage, check_terms, idle_flags, read_stages, stages_as_text
 
 
 def stages_of(rows, **flags) -> list[Stage]:
@@ -45,9 +46,10 @@ def test_a_row_inherits_the_flags_of_the_run_and_replaces_those_that_it_names():
 
 
 def test_epochs_beside_a_table_are_refused_and_those_of_a_file_below_give_way(tmp_path):
-    with pytest.raises(ConfigError, match="--epochs is for a run without --stages"):
-        make_config({"data_path": "x.jsonl", "epochs": 3, "stages": "[{}]"})
-    (tmp_path / "run.yaml").write_text("data_path: x.jsonl\nepochs: 3\n")
+    for name in ("epochs", "max_steps"):
+        with pytest.raises(ConfigError, match=f"--{name} is for a run without --stages"):
+            make_config({"data_path": "x.jsonl", name: 3, "stages": "[{}]"})
+    (tmp_path / "run.yaml").write_text("data_path: x.jsonl\nepochs: 3\nmax_steps: 7\n")
     config, _ = parse_config(["--config", str(tmp_path / "run.yaml"), "--stages", "[{mini_epochs: 4}]"])
     assert [stage.epochs for stage in read_stages(config)] == [4]
 
@@ -59,6 +61,50 @@ def test_a_table_named_in_a_file_lies_beside_that_file(tmp_path):
     (tmp_path / "deeper" / "run.yaml").write_text("base: ../base.yaml\nseed: 3\n")
     config, _ = parse_config(["--config", str(tmp_path / "deeper" / "run.yaml")])
     assert [stage.name for stage in read_stages(config)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"lr_cycles": 3}, "--lr_cycles 3 does nothing without --lr_schedule cosine_restarts"),
+        (
+            {"lr_gamma": 0.5, "lr_schedule": "wsd"},
+            "--lr_gamma 0.5 does nothing without --lr_schedule step or",
+        ),
+        ({"lr_adapt_boost": 2.0, "lr_adapt": "plateau", "val_fraction": 0.1}, "without --lr_adapt adaptive"),
+        ({"momentum": 0.5}, "--momentum 0.5 does nothing without --optimizer sgd or muon"),
+        ({"temperature": 2.0}, "--temperature 2.0 does nothing without --teacher"),
+        ({"early_stopping_min_delta": 0.1}, "does nothing without --early_stopping_patience"),
+    ],
+)
+def test_a_flag_that_does_nothing_is_named(flags, said):
+    (line,) = idle_flags(read_stages(make_config({"data_path": "x.jsonl", **flags})))
+    assert said in line
+
+
+def test_a_flag_that_works_in_some_stage_is_not_idle():
+    rows = [{"name": "a", "lr_schedule": "wsd"}, {"name": "b"}]
+    assert idle_flags(stages_of(rows, lr_decay_ratio=0.5)) == []
+    assert len(idle_flags(stages_of([{"name": "a"}, {"name": "b"}], lr_decay_ratio=0.5))) == 1
+    assert idle_flags(read_stages(make_config({"data_path": "x.jsonl"}))) == []
+    assert not [line for config in Path("configs").glob("*.yaml") for line in idle_of_file(config)]
+
+
+def idle_of_file(path):
+    config, _ = parse_config(["--config", str(path)])
+    return idle_flags(read_stages(config))
+
+
+def test_weights_of_terms_that_nothing_has_are_refused():
+    for flags, known in (({}, "ce, z"), ({"teacher": "a"}, "ce, z, kd"), ({"gradient_penalty": 0.1}, "ce, z, gp")):
+        with pytest.raises(ValueError, match=f"--loss_weights foo: the terms are {known}$"):
+            check_terms(stages_of([{}, {"loss_weights": "foo=1"}], **flags))
+    with pytest.raises(ValueError, match="kd needs --teacher"):
+        check_terms(stages_of([{}], loss_weights="kd=1"))
+
+
+def test_a_wrong_key_of_a_row_names_the_nearest_one():
+    assert "lerning_rate (did you mean learning_rate?)" in problems_of([{"lerning_rate": 1}])[0]
 
 
 def test_rows_without_a_name_are_numbered():

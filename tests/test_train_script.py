@@ -33,8 +33,8 @@ def finished(tmp_path_factory, rows):
 def test_a_run_writes_exactly_these_files(finished):
     names = sorted(os.listdir(finished))
     assert names == [
-        ".job", ".lock", "checkpoints", "config.yaml", "data_report.json", "environment.json", "final", "metrics.jsonl",
-        "state.json",
+        ".job", ".lock", "alerts.jsonl", "checkpoints", "config.yaml", "data_report.json", "environment.json", "final",
+        "metrics.jsonl", "state.json",
     ]  # fmt: skip
     assert len(os.listdir(finished / "checkpoints")) == 2
     assert sorted(os.listdir(finished / "final")) == [

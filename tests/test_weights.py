@@ -52,13 +52,28 @@ def test_the_final_weight_holds_in_the_last_mini_epoch():
 
 
 def test_several_terms():
-    weights = parse_loss_weights("ce=2, z=linear(0, 1e-4, start_epoch=2, end_epoch=5, warmup_epochs=1), aux=-0.5")
+    weights = parse_loss_weights("ce=2, z=linear(0, 1e-4, start_epoch=2, end_epoch=5, warmup_epochs=1), aux=0.5")
     assert weights == {
         "ce": LossWeight("constant", {"value": 2.0}),
         "z": LossWeight("linear", {"start": 0.0, "end": 1e-4, "start_epoch": 2.0, "end_epoch": 5.0}, warmup_epochs=1.0),
-        "aux": LossWeight("constant", {"value": -0.5}),
+        "aux": LossWeight("constant", {"value": 0.5}),
     }
     assert parse_loss_weights("") == parse_loss_weights("  ") == {}
+
+
+@pytest.mark.parametrize("text", ["ce=-1", "z=linear(0, -1, 0, 1)", "z=cosine(-1, 1, 2)", "z=constant(1, final=-2)"])
+def test_a_weight_that_trains_away_from_the_data_is_refused(text):
+    with pytest.raises(ValueError, match="is negative, which would train away from the data"):
+        parse_loss_weights(text)
+
+
+@pytest.mark.parametrize("text", ["ce=0", "ce=0, z=0.0"])
+def test_weights_that_learn_nothing_are_refused(text):
+    with pytest.raises(ValueError, match="nothing would be learnt"):
+        parse_loss_weights(text)
+    assert (
+        parse_loss_weights("z=0") and parse_loss_weights("ce=0, kd=1") and parse_loss_weights("ce=linear(0, 1, 0, 1)")
+    )
 
 
 def test_in_yaml_they_stand_as_a_mapping_too():

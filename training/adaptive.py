@@ -29,26 +29,30 @@ class Plateau(Memory):
 
     An improvement is a change from the best by more than `lr_adapt_threshold`; a value that is not finite is none.
     `best` is what the last improvement reached, so that smaller ones add up. A cut starts the count again, and the next
-    `lr_adapt_window` observations count but change nothing; what falls due in them waits for the first one after. Nor
-    does an observation that improves ever change the factor.
+    `cooldown` observations count but change nothing; what falls due in them waits for the first one after. Nor does an
+    observation that improves ever change the factor.
 
     A cut goes no lower than `min_lr` / scheduled rate, and nowhere if the rate is there already: then it passes unsaid,
     and the count starts again all the same.
 
-    With a window shorter than the patience this is torch's ReduceLROnPlateau of threshold mode "abs" and patience - 1,
-    because that one cuts when the count exceeds its patience.
+    Without a cooldown this is torch's ReduceLROnPlateau of threshold mode "abs" and patience - 1, because that one cuts
+    when the count exceeds its patience.
     """
 
     monitor_mode: str
     lr_adapt_patience: int
     lr_adapt_factor: float
     lr_adapt_threshold: float
-    lr_adapt_window: int
+    lr_adapt_cooldown: int | None
     min_lr: float
     factor: float = field(default=1.0, init=False)
     best: float | None = field(default=None, init=False)
     waited: int = field(default=0, init=False)  # observations since the best or what else starts the count again
     quiet: int = field(default=0, init=False)  # observations to come in which nothing changes
+
+    @property
+    def cooldown(self) -> int:
+        return self.lr_adapt_cooldown or 0
 
     def observe(self, value: float, scheduled_lr: float) -> Change | None:
         """Takes the next value of the metric; `scheduled_lr` is the learning rate without the factor."""
@@ -81,7 +85,7 @@ class Plateau(Memory):
     def _change(self, after: float, reason: str) -> Change | None:
         if after == self.factor:
             return None
-        before, self.factor, self.quiet = self.factor, after, self.lr_adapt_window
+        before, self.factor, self.quiet = self.factor, after, self.cooldown
         return Change(before, after, reason)
 
 
@@ -101,12 +105,17 @@ class Adaptive(Plateau):
     next. A value that is not finite empties the window: no boost before it is full of finite ones again.
     """
 
+    lr_adapt_window: int
     lr_adapt_boost: float
     lr_adapt_drop: float
     lr_adapt_drop_patience: int
     max_lr_factor: float
     drop_waited: int = field(default=0, init=False)  # the same for the drop
     values: list[float] = field(default_factory=list, init=False)  # the window, oldest first
+
+    @property
+    def cooldown(self) -> int:
+        return self.lr_adapt_window if self.lr_adapt_cooldown is None else self.lr_adapt_cooldown
 
     def _count(self, value: float, improved: bool) -> None:
         super()._count(value, improved)

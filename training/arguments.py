@@ -16,12 +16,13 @@ from training.config import Config, ConfigError, field_types, make_config, overl
 from training.yaml_files import read_yaml
 
 DEMO_CONFIG = "configs/demo.yaml"
+TRAINER = "train_full_sft.py"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = TRAINER) -> argparse.ArgumentParser:
     """The command line, one flag per field; values stay text here and are converted together later."""
     parser = argparse.ArgumentParser(
-        prog="train_full_sft.py",
+        prog=prog,
         description="Fine-tune a language model. Runs under torchrun and as plain python; without arguments it trains "
         f"the embedded demo ({DEMO_CONFIG}).",
         allow_abbrev=False,
@@ -46,9 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_config(argv: list[str]) -> tuple[Config, bool]:
+def parse_config(argv: list[str], prog: str = TRAINER) -> tuple[Config, bool]:
     """The configuration of a command line, and whether only printing was asked for. Exits on --help."""
-    known, unknown = build_parser().parse_known_args(argv)
+    known, unknown = build_parser(prog).parse_known_args(argv)
     given = vars(known)
     path, only_print = given.pop("config"), given.pop("print_config")
     if path is None and "data_path" not in given:
@@ -70,10 +71,10 @@ def parse_config(argv: list[str]) -> tuple[Config, bool]:
     return config, only_print
 
 
-def config_from_command_line(argv: list[str] | None = None) -> Config:
+def config_from_command_line(argv: list[str] | None = None, prog: str = TRAINER) -> Config:
     """The configuration of this process; prints all problems and exits with 2, or what was asked for and with 0."""
     try:
-        config, only_print = parse_config(sys.argv[1:] if argv is None else argv)
+        config, only_print = parse_config(sys.argv[1:] if argv is None else argv, prog)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)

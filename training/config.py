@@ -55,7 +55,7 @@ ALTERNATIVES = (
     ("epochs", "max_steps"),
     ("accumulation_steps", "global_batch_size"),
 )
-GIVES_WAY = {"stages": "epochs"}  # a table counts its own epochs; those given beside it are refused
+GIVES_WAY = {"stages": ("epochs", "max_steps")}  # a table counts its own epochs; what is given beside it is refused
 WHOLE_TENSORS = ("adafactor", "muon")  # optimizers whose update is not the same where a tensor is shared out
 LOADING_FLAGS = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
 
@@ -142,9 +142,9 @@ class Config:
     lr_cycles: int = flag(4, "cosine_restarts: cycles of a stage", group="training", minimum=1)
     lr_decay_ratio: float = flag(0.2, "wsd: share of the steps in which it decays, at the end", group="training", above=0, maximum=1)
     lr_power: float = flag(2.0, "polynomial: its power", group="training", above=0)
-    lr_interval: str | None = flag(None, "step, exponential: every N steps or 'Nepoch' it falls (default: 30epoch, 1epoch)", group="training", interval=True)
+    lr_interval: str | None = flag(None, "step, exponential: every N steps, counted after the warmup, or 'Nepoch' it falls (default: 30epoch, 1epoch)", group="training", interval=True)
     lr_gamma: float | None = flag(None, "step, multistep, exponential, mini_epoch: factor of each fall (default: 0.1, 0.1, 0.95, 0.95)", group="training", above=0, maximum=1)
-    lr_milestones: str = flag("", "multistep: comma-separated steps or 'Nepoch' after which it falls", group="training")
+    lr_milestones: str = flag("", "multistep: comma-separated steps, counted after the warmup, or 'Nepoch' after which it falls", group="training")
     lr_peak_ratio: float = flag(0.3, "one_cycle: share of the steps before the peak", group="training", minimum=0, maximum=1)
     lr_start_ratio: float | None = flag(None, "one_cycle, mini_epoch: first learning rate as a share of the peak (default: 0.04, 0.1)", group="training", above=0, maximum=1)
     lr_warmup_epochs: int = flag(10, "mini_epoch: the peak is in the mini-epoch of this number", group="training", minimum=1)
@@ -153,7 +153,8 @@ class Config:
     lr_adapt_patience: int = flag(50, "observations without improvement before a cut", group="training", minimum=1)
     lr_adapt_factor: float = flag(0.7, "factor of a cut on a plateau", group="training", above=0, maximum=1)
     lr_adapt_threshold: float = flag(0.001, "what counts as an improvement; variance under which a loss stagnates", group="training", minimum=0)
-    lr_adapt_window: int = flag(20, "observations in which stagnation is looked for, and in which nothing changes after a change", group="training", minimum=3)
+    lr_adapt_window: int = flag(20, "adaptive: observations in which stagnation is looked for", group="training", minimum=3)
+    lr_adapt_cooldown: int | None = flag(None, "observations after a change in which nothing changes (default: plateau 0, adaptive --lr_adapt_window)", group="training", minimum=0)
     lr_adapt_boost: float = flag(1.5, "adaptive: factor where the loss stagnates", group="training", minimum=1)
     lr_adapt_drop: float = flag(0.8, "adaptive: factor after --lr_adapt_drop_patience observations without improvement", group="training", above=0, maximum=1)
     lr_adapt_drop_patience: int = flag(30, "adaptive: see --lr_adapt_drop", group="training", minimum=1)
@@ -171,6 +172,10 @@ class Config:
     loss_weights: str = flag("", "weights of loss terms: 'z=1e-4', 'aux=0.01' and 'router_z=0' (experts; these are the defaults), 'ce=1, z=linear(start, end, start_epoch, end_epoch)', exponential(start, end, decay_rate), cosine(min, max, period)", group="training", mapping=True)
     neftune_alpha: float = flag(0.0, "uniform noise on the input embeddings (NEFTune, Jain et al. 2023), 5 is common", group="training", minimum=0)
     gradient_penalty: float = flag(0.0, "weight of the squared gradient of the loss by the input embeddings (term gp)", group="training", minimum=0)
+    teacher: str | None = flag(None, "model to learn from: directory, finished run or Hub id (torchrun -m scripts.train_distillation)", group="distillation")
+    alpha: float | None = flag(None, "weight of the teacher; the data has 1 - X (default: 0.7)", group="distillation", minimum=0, maximum=1)
+    temperature: float = flag(4.0, "softens what teacher and student say", group="distillation", above=0)
+    teacher_dtype: str = flag("auto", "weights and arithmetic of the teacher; auto = as --dtype", group="distillation", choices=("auto", "float32", "bfloat16", "float16"))
     ema_decay: float | None = flag(None, "keep an exponential moving average of the weights and evaluate it too", group="training", above=0, maximum=0.999999)
     early_stopping_patience: int | None = flag(None, "stop after so many evaluations without improvement of --monitor_metric", group="training", minimum=1)
     early_stopping_min_delta: float = flag(0.001, "smallest change that counts as an improvement", group="training", minimum=0)
@@ -195,17 +200,21 @@ class Config:
     save_top_k: int = flag(0, "best checkpoints kept besides; each evaluation then saves", group="run", minimum=0)
     monitor_metric: str = flag("eval/loss", "metric of an evaluation that says which are best", group="run")
     monitor_mode: str = flag("min", "whether small or large values of it are good", group="run", choices=("min", "max"))
-    max_hours: float | None = flag(None, "save and stop before so many hours have passed since the start", group="run", above=0)
+    max_hours: float | None = flag(None, "save and stop before so many hours have passed since the start, pauses included", group="run", above=0)
     eval_interval: str = flag("1epoch", "validate every N steps or every 'Nepoch'", group="run", interval=True)
     eval_samples: int = flag(0, "held-out prompts that are answered for show and for eval/exact_match", group="run", minimum=0)
     eval_samples_interval: int = flag(1, "evaluations from one such show to the next", group="run", minimum=1)
     eval_at_start: bool = flag(False, "validate once before the first step", group="run")
     log_interval: str = flag("100", "log every N steps or every 'Nepoch'", group="run", interval=True)
+    on_alert: str = flag("log", "what an alert of level error does (alerts.jsonl has them all): it is logged, or the run saves and stops", group="run", choices=("log", "stop"))
+    report: bool = flag(True, "write report/ (report.md, plots) when the run ends", group="run")
+    plot_interval: str | None = flag(None, "write it besides every N steps or 'Nepoch', in a process of its own (0 = never)", group="run", interval=True)
     export_ema: bool = flag(False, "final/ holds the moving average of --ema_decay", group="run")
     export_dtype: str = flag("float32", "dtype of final/", group="run", choices=("float32", "bfloat16", "float16"))
-    report_to: str = flag("none", "where metrics go besides metrics.jsonl", group="run", choices=("none", "wandb"))
-    use_wandb: bool = flag(False, "same as --report_to wandb", group="run")
+    report_to: str = flag("none", "where metrics go besides metrics.jsonl; all = both", group="run", choices=("none", "tensorboard", "wandb", "all"))
+    use_wandb: bool = flag(False, "wandb besides what --report_to says", group="run")
     wandb_project: str = flag("full-sft", "project name in wandb", group="run")
+    skip_checks: bool = flag(False, "start without a look at memory, disk, threads and packages (scripts.doctor looks closer)", group="run")
     dry_run: bool = flag(False, "check everything, show one sample and the token ledger, do not train", group="run")
     # fmt: on
 
@@ -229,8 +238,9 @@ class Config:
             problems.append("--system_field needs --prompt_field and --response_field")
         if self.warmup_steps and self.warmup_ratio:
             problems.append("--warmup_steps and --warmup_ratio are both given: choose one")
-        if self.stages is not None and self.epochs != type(self).epochs:
-            problems.append("--epochs is for a run without --stages, whose rows say repeats and mini_epochs")
+        for name in ("epochs", "max_steps"):
+            if self.stages is not None and getattr(self, name) != getattr(type(self), name):
+                problems.append(f"--{name} is for a run without --stages, whose rows say repeats and mini_epochs")
         for name in ("shard_size", "cpu_offload"):
             if getattr(self, name) and self.strategy != "fsdp":
                 problems.append(f"--{name} belongs to --strategy fsdp")
@@ -262,9 +272,14 @@ class Config:
             problems.append("--export_ema needs --ema_decay")
         if self.lr_schedule == "multistep" and not self.lr_milestones.strip():
             problems.append("--lr_schedule multistep needs --lr_milestones")
-        for each in filter(None, (part.strip() for part in self.lr_milestones.split(","))):
+        milestones = [part.strip() for part in self.lr_milestones.split(",") if part.strip()]
+        for each in milestones:
             if not INTERVAL.fullmatch(each):
                 problems.append(f"--lr_milestones {each}: write N (steps) or Nepoch, N a whole number from 1")
+        if len(set(milestones)) < len(milestones):
+            problems.append(f"--lr_milestones {self.lr_milestones}: one of them is given twice")
+        if self.lr_schedule == "one_cycle" and self.lr_peak_ratio == 1.0:
+            problems.append("--lr_peak_ratio 1 leaves no step for the way down: must be less than 1")
         try:
             parse_loss_weights(self.loss_weights)
         except ValueError as error:
@@ -307,8 +322,10 @@ class Config:
         return {name: getattr(self, name) for name in LOADING_FLAGS}
 
     @property
-    def reports_to_wandb(self) -> bool:
-        return self.use_wandb or self.report_to == "wandb"
+    def reporters(self) -> list[str]:
+        """Where metrics go besides metrics.jsonl: names of training/sinks.py."""
+        wanted = {"none": (), "all": ("tensorboard", "wandb")}.get(self.report_to, (self.report_to,))
+        return sorted({*wanted, *(("wandb",) if self.use_wandb else ())})
 
     def to_yaml(self) -> str:
         import yaml
@@ -327,7 +344,8 @@ def field_types() -> dict[str, tuple[type, bool]]:
 
 def _convert(name: str, value: Any, plain: type, optional: bool, mapping: bool = False) -> Any:
     """The value in the field's type; text from the command line and scalars from YAML alike. Raises ValueError."""
-    if value is None or (optional and value == "none"):
+    off = ("none", "0", 0) if name == "plot_interval" else ("none",)
+    if value is None or (optional and value in off):
         if optional:
             return None
         raise ValueError(f"--{name} needs a value")
@@ -411,5 +429,5 @@ def make_config(values: dict[str, Any]) -> Config:
 def overlay(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Flags over those of a file, or of a file over those of its base; a flag replaces also its alternative."""
     replaced = {name for pair in ALTERNATIVES if set(pair) & over.keys() for name in pair}
-    replaced |= {other for name, other in GIVES_WAY.items() if name in over}
+    replaced |= {other for name, others in GIVES_WAY.items() if name in over for other in others}
     return {**{name: value for name, value in under.items() if name not in replaced}, **over}

@@ -25,8 +25,10 @@ PAUSE_SECONDS = 0.5  # between two looks of a paused run
 # Why a run stops early, in the order of precedence. Only one of them comes unasked: after the others a launcher that
 # restarts what has failed must see no failure. After the last of them the run is complete.
 PREEMPTED = "SIGTERM or SIGHUP"
-EARLY = "early stopping"
-STOP_REASONS = ("Ctrl-C", "a stop command", PREEMPTED, "--max_hours", EARLY)
+INTERRUPTED, LATE = "Ctrl-C", "--max_hours"
+LOST_PEER = "another process of the job is gone, see its message"  # why a run has failed, if not by itself
+ALERT, EARLY = "--on_alert stop", "early stopping"
+STOP_REASONS = (INTERRUPTED, "a stop command", PREEMPTED, LATE, ALERT, EARLY)
 
 
 class Stopped(Exception):
@@ -71,7 +73,7 @@ class ControlFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._seen: Any = None
+        self.last_id: Any = None
         self._stamp: tuple[int, ...] = ()
         self.read()
 
@@ -94,9 +96,9 @@ class ControlFile:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             logger.warning("%s is ignored: %s", self.path, error)
             return None
-        if number == self._seen:
+        if number == self.last_id:
             return None
-        self._seen = number
+        self.last_id = number
         return str(command)
 
 
@@ -109,9 +111,14 @@ class Wishes:
         control: ControlFile | None,
         stop_at: float | None = None,
         goal_reached: Callable[[], bool] = lambda: False,
+        alarmed: Callable[[], bool] = lambda: False,
     ):
-        """`stop_at`: value of time.monotonic() at which the run must have ended; `goal_reached`: or why it may end."""
-        self.signals, self.control, self.stop_at, self.goal_reached = signals, control, stop_at, goal_reached
+        """`stop_at`: value of time.monotonic() at which the run must have ended; `goal_reached`: or why it may end.
+
+        `alarmed`: whether an alert ends it.
+        """
+        self.signals, self.control, self.stop_at = signals, control, stop_at
+        self.goal_reached, self.alarmed = goal_reached, alarmed
         self._pause = self._save = self._stop = False
         self._looked, self._longest = time.monotonic(), 0.0
 
@@ -129,7 +136,7 @@ class Wishes:
         self._looked = now
         late = self.stop_at is not None and now + self._longest >= self.stop_at
         preempted = bool(self.signals.stop) and not interrupted
-        wishes = [interrupted, self._stop, preempted, late, self.goal_reached()]
+        wishes = [interrupted, self._stop, preempted, late, self.alarmed(), self.goal_reached()]
         return [int(wish) for wish in (*wishes, self._pause, self._save)]
 
     def stop_if_wished(self, sums: list[int]) -> None:
@@ -143,10 +150,10 @@ class Wishes:
         sums: list[int],
         sum_ints: Callable[[Sequence[int]], list[int]],
         save: Callable[[], None],
-        say: Callable[[str], None],
+        say: Callable[..., None],
         beat: Callable[[], None],
     ) -> None:
-        """Do what the ranks wish together: raise Stopped, save, or wait until a pause ends.
+        """Do what the ranks wish together: raise Stopped, save, or wait until a pause ends; `say` each thing done.
 
         Paused ranks exchange their wishes again and again, so that no time limit of the process group ever passes, and
         what happens meanwhile loses nothing, because a pause begins with a checkpoint.
@@ -155,12 +162,17 @@ class Wishes:
         while True:
             self.stop_if_wished(sums)
             *_, pause, wants_save = sums
-            if wants_save or (pause and not paused):
+            if begins := bool(pause) and not paused:
+                say("pausing")
+            if wants_save or begins:
                 self._save = False
                 save()
+            obeyed = self.control.last_id if self.control else None
+            if wants_save:
+                say("saved", obeyed)
             if bool(pause) != paused:
                 paused = bool(pause)
-                say("paused" if paused else "running")
+                say("paused" if paused else "running", obeyed)
             if not paused:
                 return
             time.sleep(PAUSE_SECONDS)

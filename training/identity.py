@@ -12,10 +12,10 @@ from training.stages import STAGE_FLAGS, Stage
 SCHEDULE_FLAGS = (
     *(name for name in STAGE_FLAGS if name.startswith(("lr_", "warmup_")) or name.endswith(("_rate", "_ratio"))),
     "max_steps", "lr_adapt", "adaptive_every", "lr_adapt_patience", "lr_adapt_factor", "lr_adapt_threshold",
-    "lr_adapt_window", "lr_adapt_boost", "lr_adapt_drop", "lr_adapt_drop_patience", "min_lr", "max_lr_factor",
-    "early_stopping_patience", "early_stopping_min_delta", "monitor_metric", "monitor_mode",
+    "lr_adapt_window", "lr_adapt_cooldown", "lr_adapt_boost", "lr_adapt_drop", "lr_adapt_drop_patience", "min_lr",
+    "max_lr_factor", "early_stopping_patience", "early_stopping_min_delta", "monitor_metric", "monitor_mode",
 )  # fmt: skip
-OBSERVED_FLAGS = ("eval_interval", "val_data_path", "val_fraction")  # what policies see
+OBSERVED_FLAGS = ("eval_interval", "eval_samples", "eval_samples_interval")  # what policies see
 OPTIMIZER_FLAGS = (
     "optimizer", "adam_beta1", "adam_beta2", "adam_eps", "amsgrad", "momentum", "weight_decay", "grad_clip",
     "ema_decay",
@@ -23,15 +23,19 @@ OPTIMIZER_FLAGS = (
 OBJECTIVE_FLAGS = ("label_smoothing", "loss_weights", "neftune_alpha", "gradient_penalty")
 
 
-def identity_of(stages: Sequence[Stage], dtype: str, window_rows: Sequence[int], model: str) -> dict[str, Any]:
-    """The texts to compare, under the names that --allow_change takes."""
+def identity_of(
+    stages: Sequence[Stage], dtype: str, window_rows: Sequence[int], model: str, held_out: str
+) -> dict[str, Any]:
+    """The texts to compare, under the names that --allow_change takes; `held_out` says what evaluations measure on."""
     config = stages[0].config
-    follows = config.lr_adapt != "none" or config.early_stopping_patience is not None
+    follows = config.lr_adapt != "none" or config.keep_best > 0
     schedule = (*SCHEDULE_FLAGS, *(OBSERVED_FLAGS if follows else ()))
+    measured_on = f" | measured on {held_out}" if follows else ""
     return {
         "model": f"{model}, dropout {config.dropout}, from {config.from_weight}, {config.init}",
         "seed": config.seed,
-        "schedule": " | ".join(f"{_said(stage.config, schedule)}, {stage.epochs} epochs" for stage in stages),
+        "schedule": " | ".join(f"{_said(stage.config, schedule)}, {stage.epochs} epochs" for stage in stages)
+        + measured_on,
         "optimizer": _said(config, OPTIMIZER_FLAGS),
         "objective": " | ".join(_said(stage.config, OBJECTIVE_FLAGS) for stage in stages),
         "precision": dtype,

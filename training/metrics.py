@@ -1,4 +1,4 @@
-"""metrics.jsonl, the truth about a run, and the sinks that follow it.
+"""metrics.jsonl, the truth about a run, and how the sinks of training/sinks.py follow it.
 
 A sink that fails is reported once and dropped: training never dies of its reporting.
 """
@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,36 +21,18 @@ from training.files import fsync_path
 
 logger = logging.getLogger(__name__)
 
+Record = dict[str, Any]
 
-def strict(record: dict[str, Any]) -> dict[str, Any]:
+
+def strict(record: Record) -> Record:
     """The record with non-finite floats as null plus a list of their keys: strict JSON has no NaN."""
     bad = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
     return {**record, **dict.fromkeys(bad), "non_finite": bad} if bad else record
 
 
 class Sink(Protocol):
-    def log(self, record: dict[str, Any]) -> None: ...
+    def log(self, record: Record) -> None: ...
     def close(self) -> None: ...
-
-
-class WandbSink:
-    """Weights & Biases; the id is ours and comes back on resume, since offline mode would not remember it."""
-
-    def __init__(self, project: str, run_id: str, directory: Path, config: dict[str, Any]):
-        import wandb
-
-        self.run = wandb.init(
-            project=project, id=run_id, name=directory.name, resume="allow", dir=str(directory), config=config,
-            settings=wandb.Settings(silent=True),
-        )  # fmt: skip
-
-    def log(self, record: dict[str, Any]) -> None:
-        numbers = {k: v for k, v in record.items() if "/" in k and v is not None}
-        if numbers:
-            self.run.log(numbers, step=record["step"])
-
-    def close(self) -> None:
-        self.run.finish()
 
 
 class MetricsLog:
@@ -59,21 +41,19 @@ class MetricsLog:
     def __init__(self, path: Path):
         self.path = path
         self.sinks: list[Sink] = []
+        self._makers: list[Callable[[Sequence[Record]], Sink]] = []
         self._waiting = b""  # lines that the disk had no room for
         self._end: int | None = None  # where they belong in the file, behind which there may be a part of them
 
-    def follow(self, make_sink: Callable[[], Sink]) -> None:
-        """Add a sink; one that cannot even start is reported and left out."""
-        try:
-            self.sinks.append(make_sink())
-        except Exception as error:
-            logger.warning("metrics go to %s only: %s", self.path.name, error)
+    def follow(self, makers: Iterable[Callable[[Sequence[Record]], Sink]]) -> None:
+        """Add what `start` will make sinks of, from the records that it keeps."""
+        self._makers += makers
 
     def start(self, step: int, whole_step: bool = True) -> None:
         """Keep the records up to `step`, so that no step stands twice after a resume; from step 0 on, none.
 
         Unless the `whole_step` was finished, of its records only the one of the update is kept. Those of a run that
-        has left no checkpoint are set aside.
+        has left no checkpoint are set aside. Then the sinks start; one that cannot is reported and left out.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not step and self.path.exists():
@@ -88,6 +68,11 @@ class MetricsLog:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
+        for make_sink in self._makers:
+            try:
+                self.sinks.append(make_sink(kept))
+            except Exception as error:
+                logger.warning("a sink cannot start, its metrics go to %s only: %s", self.path.name, error)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         record = strict({"step": step, "time": time.time(), "kind": kind, **values})
@@ -129,10 +114,15 @@ class MetricsLog:
             logger.warning("%s failed and is dropped: %s", type(sink).__name__, error)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[Record]:
     """The records of a metrics.jsonl; what a crash cut short, and whatever has no step or kind, is left out."""
+    return records_in(path.read_bytes())
+
+
+def records_in(lines: bytes) -> list[Record]:
+    """`read_records` of a part of the file."""
     records = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in lines.split(b"\n"):
         with contextlib.suppress(ValueError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("kind"), str):

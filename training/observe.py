@@ -17,10 +17,11 @@ from typing import Any
 import psutil
 
 from training.control import COMMANDS, PAUSE, RESUME, SAVE, STOP
-from training.metrics import read_records
+from training.metrics import Record, read_records, records_in
 
 UNDER_WAY = ("pending", "running", "pausing", "paused", "stopping")
 STALLED_AFTER_SECONDS = 120.0  # the trainer says every second at most and every micro-batch at least that it lives
+TAIL_BYTES = 2**18  # of metrics.jsonl, some hundred records
 # In which of them a command makes sense.
 ACCEPTED_IN = {
     PAUSE: ("running",),
@@ -56,6 +57,8 @@ def seen_status(state: dict[str, Any], now: float) -> str:
         return status
     if state.get("host") == socket.gethostname() and not _lives(state):
         return "crashed"
+    if status == "pending":  # data is read and tokenised, of which nothing is heard
+        return status
     updated = state.get("updated_at")
     silent = now - updated if isinstance(updated, (int, float)) else 0.0
     return "stalled" if silent > STALLED_AFTER_SECONDS else status
@@ -90,6 +93,17 @@ def send_command(run_dir: Path, command: str) -> str:
     return number
 
 
+def newest_record(run_dir: Path, kind: str = "train") -> Record:
+    """The last record of one kind, from the end of metrics.jsonl; empty where there is none."""
+    try:
+        with open(run_dir / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            tail = file.read()
+    except FileNotFoundError:
+        return {}
+    return next((record for record in reversed(records_in(tail)) if record["kind"] == kind), {})
+
+
 def read_history(run_dir: Path | str, kind: str = "train") -> dict[str, list[Any]]:
     """The records of one kind (train, eval, epoch, system, event) as columns; None where a record lacks one.
 
@@ -98,3 +112,13 @@ def read_history(run_dir: Path | str, kind: str = "train") -> dict[str, list[Any
     records = [r for r in read_records(Path(run_dir) / "metrics.jsonl") if r["kind"] == kind]
     names = dict.fromkeys(name for record in records for name in record)
     return {name: [record.get(name) for record in records] for name in names if name != "kind"}
+
+
+def duration(seconds: float) -> str:
+    """A span of time as a person writes it: 45s, 3m20s, 2h05m."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

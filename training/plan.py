@@ -12,7 +12,7 @@ from training.config import Config
 from training.schedules import LRSchedule, lr_factor, warmup_steps_of
 from training.stages import Stage, stages_as_text
 from training.state import LoopState
-from training.weights import LossWeight, parse_loss_weights
+from training.weights import NOTHING, LossWeight, parse_loss_weights
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,7 @@ def make_plan(
             "a run of several stages keeps the rows of its steps and its data: it cannot go on with others"
         )
     lr_shift = 0 if config.max_steps else extra_steps
-    planned = spans[-1].steps_before + spans[-1].length
-    total_steps = config.max_steps or planned + lr_shift
-    if len(spans) > 1:
-        total_steps = min(total_steps, planned)
+    total_steps = spans[-1].steps_before + spans[-1].length + lr_shift
     epochs, reached = 0, 0
     while reached < total_steps - extra_steps:
         reached += _steps(rows_of(epochs), spans[_stage_of(spans, epochs)].window_rows)
@@ -155,12 +152,12 @@ def _lay_out(
     """The stages one after the other."""
     weights = [_loss_weights(stage) for stage in stages]
     # What one stage weighs and another does not name counts for nothing there, but for the cross entropy.
-    unnamed = {term: LossWeight("constant", {"value": 0.0}) for each in weights for term in each if term != "ce"}
+    unnamed = {term: NOTHING for each in weights for term in each if term != "ce"}
     unnamed |= {term: LossWeight("constant", {"value": weight}) for term, weight in term_weights.items()}
     spans, epoch, steps = list[Span](), 0, 0
     for stage, rows, own in zip(stages, window_rows, weights, strict=True):
         ends = list(accumulate(_steps(rows_of(epoch + n), rows) for n in range(stage.epochs)))
-        length = stage.config.max_steps if len(stages) == 1 and stage.config.max_steps else ends[-1]
+        length = stage.config.max_steps or ends[-1]
         while ends[-1] < length:
             ends.append(ends[-1] + _steps(rows_of(len(ends)), rows))
         spans.append(

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from training.adaptive import make_multiplier
 from training.config import Config
 from training.plan import Plan
 from training.state import LoopState
-from training.stopping import EarlyStopping
+from training.stopping import EarlyStopping, Memory
 from training.sums import Sums, token_means
 
 logger = logging.getLogger("train")
@@ -24,9 +24,8 @@ logger = logging.getLogger("train")
 class Policies:
     def __init__(self, config: Config, state: LoopState, changed: bool = False):
         """Goes on with what `state` remembers; where flags of theirs were allowed to change, with what still fits."""
-        self.state, self.metric, self.mode, self.every = state, config.monitor_metric, config.monitor_mode, None
-        if config.lr_adapt != "none":
-            self.every = config.adaptive_every
+        self.state, self.metric, self.mode = state, config.monitor_metric, config.monitor_mode
+        self.every = config.adaptive_every if config.lr_adapt != "none" else None
         self.multiplier = make_multiplier(replace(config, monitor_mode="min") if self.every else config)
         self.stopping = None
         if config.early_stopping_patience is not None:
@@ -34,26 +33,32 @@ class Policies:
                 config.early_stopping_patience, config.early_stopping_min_delta, config.monitor_mode
             )  # fmt: skip
         self.uses_metric = bool(self.stopping) or bool(self.multiplier and not self.every) or config.save_top_k > 0
+        self.parts: dict[str, Memory] = {}
+        for name, part in (("multiplier", self.multiplier), ("stopping", self.stopping)):
+            if part is not None:
+                self.parts[name] = part
         if changed:
-            state.policies.pop("stopped", None)
-            if (state.policies.get("best") or {}).get("metric") != self.metric:
-                for name in ("best", "multiplier", "stopping"):
-                    state.policies.pop(name, None)
-        for name, policy in (("multiplier", self.multiplier), ("stopping", self.stopping)):
-            if policy is not None and name in state.policies:
-                try:
-                    policy.load_state_dict(state.policies[name])
-                except ValueError:
-                    if not changed:
-                        raise
-                    logger.warning("what the %s remembers is of another kind, it begins anew", name)
+            self._forget_what_does_not_fit()
+        for name in self.parts.keys() & state.policies.keys():
+            self.parts[name].load_state_dict(state.policies[name])
         if self.every and "multiplier" not in state.policies:
             state.since_observed = Sums()  # nobody has looked yet, also where it was asked for only now
         state.lr_factor = self.multiplier.factor if self.multiplier else 1.0
 
-    def check_metric(self, names: Iterable[str]) -> None:
+    def _forget_what_does_not_fit(self) -> None:
+        saved = self.state.policies
+        saved.pop("stopped", None)
+        if (saved.get("best") or {}).get("metric") != self.metric:
+            for name in ("best", *self.parts):
+                saved.pop(name, None)
+        for name, part in self.parts.items():
+            if name in saved and saved[name].keys() != part.state_dict().keys():
+                logger.warning("what the %s remembers is of another kind, it begins anew", name)
+                del saved[name]
+
+    def check_metric(self, names: Sequence[str]) -> None:
         """ValueError where something waits for a metric that evaluations, which give these names, do not have."""
-        if self.uses_metric and self.metric not in names:
+        if names and self.uses_metric and self.metric not in names:
             raise ValueError(f"--monitor_metric {self.metric}: an evaluation gives {', '.join(names)}")
 
     @property
@@ -80,21 +85,20 @@ class Policies:
             if self.stopping and self.stopping.observe(value):
                 state.policies["stopped"] = True
                 report(state.step, "early_stopping", waited=self.stopping.waited, best=self.stopping.best)
-        if self.every:
-            value = None
-            if plan.due(state, self.every):
-                value = token_means(state.since_observed.total(sum_ints), "train")["train/loss"]
-                state.since_observed = Sums()
-        if self.multiplier and value is not None:
-            change = self.multiplier.observe(value, plan.lr(state.step))
-            if change:
-                report(
-                    state.step, "learning_rate", before=change.before, after=change.after, reason=change.reason
-                )  # fmt: skip
+        followed = self._training_loss(plan, sum_ints) if self.every else value
+        if self.multiplier and followed is not None:
+            if change := self.multiplier.observe(followed, plan.lr(state.step)):
+                report(state.step, "learning_rate", **asdict(change))
             state.lr_factor = self.multiplier.factor
-        for name, policy in (("multiplier", self.multiplier), ("stopping", self.stopping)):
-            if policy is not None:
-                state.policies[name] = policy.state_dict()
+        for name, part in self.parts.items():
+            state.policies[name] = part.state_dict()
+
+    def _training_loss(self, plan: Plan, sum_ints: Callable[[Sequence[int]], list[int]]) -> float | None:
+        """The mean since the last look, where --adaptive_every says that one is due."""
+        if self.every is None or not plan.due(self.state, self.every):
+            return None
+        total, self.state.since_observed = self.state.since_observed.total(sum_ints), Sums()
+        return token_means(total, "train")["train/loss"]
 
     def _remember(self, value: float) -> None:
         sign = 1 if self.mode == "min" else -1

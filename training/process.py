@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import platform
+import re
 import resource
 import socket
 import sys
@@ -74,6 +75,20 @@ def use_deterministic_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to do where an error says that there is no memory left, in a line; None for any other error."""
+    words = str(error)
+    on_cpu = isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in words
+    if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+        return None
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", words)
+    return (
+        f"out of memory on the {'host' if on_cpu else 'GPU'}{f', which was asked for {asked[1]}' if asked else ''}: "
+        "lower --batch_size (--global_batch_size keeps the rows of a step), set --gradient_checkpointing 1, lower "
+        "--max_seq_len, share the model out with --strategy fsdp, or compute in --dtype bfloat16"
+    )
 
 
 def is_ours(error: BaseException) -> bool:

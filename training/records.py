@@ -14,9 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from training.alerts import AlertBook
+from training.config import Config
+from training.control import ALERT
 from training.metrics import MetricsLog, read_records, strict
+from training.observe import duration
 from training.plan import Plan
+from training.report import ReportEvery
 from training.state import LoopState
+from training.system import SystemWatch
 
 logger = logging.getLogger("train")
 
@@ -42,21 +48,25 @@ class StateFile:
 
         A finished run that could not be gone on with stays finished, and one that is still to be cleared as it was.
         """
-        said: Any = {}
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            said = json.loads(self.path.read_text(encoding="utf-8"))
-        said = said if isinstance(said, dict) else {}
+        said = self.read()
         if said.get("status") == "completed" or (clears and said and said.get("pid") != os.getpid()):
             return
         kept = {name: value for name, value in said.items() if name not in ("exit_reason", "exit_code")}
         self.values = {**kept, **self.values, "status": status, "updated_at": time.time(), **more}
         self._write()
 
+    def read(self) -> dict[str, Any]:
+        """What the file says, whoever wrote it; nothing where it cannot be read."""
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            said = json.loads(self.path.read_text(encoding="utf-8"))
+            return said if isinstance(said, dict) else {}
+        return {}
+
     def update(self, **values: Any) -> None:
         now = time.time()
         due = values.get("status", self.values["status"]) != self.values["status"] or now - self._written_at >= 1.0
         self.values.update(values, updated_at=now)
-        if due:
+        if due or "obeyed" in values:
             self._written_at = now
             self._write()
 
@@ -90,11 +100,13 @@ class Meter:
         return time.perf_counter() - self.epoch_started
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave what happens in this block out of the throughput."""
+    def paused(self, idle: bool = False) -> Iterator[None]:
+        """Leave what happens in this block out of the throughput; the run is `idle`: also out of the epoch's time."""
         started = time.perf_counter()
         yield
-        self.started += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.started += seconds
+        self.epoch_started += seconds if idle else 0.0
 
     def count(self, tokens: int, supervised: int) -> None:
         self.steps, self.tokens, self.supervised = self.steps + 1, self.tokens + tokens, self.supervised + supervised
@@ -107,16 +119,6 @@ class Meter:
             "train/seconds_per_step": seconds / max(self.steps, 1),
             "train/data_wait_share": self.waited / seconds,
         }
-
-
-def duration(seconds: float) -> str:
-    """A span of time as a person writes it: 45s, 3m20s, 2h05m."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 class Progress:
@@ -147,16 +149,27 @@ class Progress:
 class RunRecords:
     """The one place that the loop reports to; every method may be called on every rank and acts on rank 0."""
 
-    def __init__(self, save_dir: Path, is_main: bool, flops_per_token: tuple[float, float], peak_flops: float | None):
-        """`flops_per_token`: of an input token, of a supervised token; `peak_flops`: of all devices, per second."""
+    def __init__(
+        self, save_dir: Path, is_main: bool, flops_per_token: tuple[float, float], config: Config, device_name: str,
+        devices: int,
+    ):  # fmt: skip
+        """`flops_per_token`: of an input token, of a supervised token."""
         self.is_main = is_main
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_main and device_name != "cpu" else 0
+        self.system = SystemWatch(save_dir, gpus)
+        self._paused_at = 0.0
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops(device_name, devices)
         self.metrics = MetricsLog(save_dir / "metrics.jsonl")
+        self.alerts = AlertBook(save_dir / "alerts.jsonl", config.grad_clip, stops=config.on_alert == "stop")
+        self.metrics.sinks.append(self.alerts)
+        if is_main and config.plot_interval:
+            self.metrics.sinks.append(ReportEvery(save_dir, config.plot_interval))
         self.state_file = StateFile(save_dir / "state.json")
         self.progress: Progress | None = None
         self.last_eval: dict[str, float] = {}
         self._last_eval_step = -1
         self._position: Callable[[], dict[str, Any]] = dict
+        self._began = time.monotonic()
 
     @contextlib.contextmanager
     def running(self, state: LoopState, plan: Plan) -> Iterator[None]:
@@ -168,11 +181,17 @@ class RunRecords:
                 self.last_eval = {key: value for key, value in last.items() if key.startswith("eval/")}
                 self._last_eval_step = last["step"]
             self.progress = Progress(plan.total_steps, state.step)
+            self.alerts.start(
+                self.metrics.path, state.step, not state.unfinished, plan.total_steps, self.progress.line
+            )  # fmt: skip
+            before = self.state_file.read().get("seconds") if state.step else None
+            self._began = time.monotonic() - (before if isinstance(before, (int, float)) else 0.0)
             self._position = lambda: {  # asked for whenever something is said, so that it is never an old one
                 "step": state.step, "total_steps": plan.total_steps, "epoch": state.epoch,
-                "stage": plan.stage_of(min(state.epoch, plan.epochs - 1)),
+                "stage": plan.stage_of(min(state.epoch, plan.epochs - 1)), "seconds": self.seconds(),
             }  # fmt: skip
             self.state_file.update(status="running", started_at=time.time(), **self._position())
+            self.system.start()
         try:
             yield
         except BaseException:
@@ -229,7 +248,7 @@ class RunRecords:
                 train_loss=values.get("train/loss"), train_accuracy=values.get("train/token_accuracy"),
                 val_loss=values.get("eval/loss"), val_accuracy=values.get("eval/token_accuracy"),
                 learning_rate=values["train/learning_rate"], time_per_epoch=meter.epoch_seconds(),
-                memory_usage=memory_bytes, gpu_utilization=None,
+                memory_usage=memory_bytes, gpu_utilization=self.system.take_gpu_utilization(),
             )  # fmt: skip
 
     def event(self, step: int, event: str, **values: Any) -> None:
@@ -240,6 +259,39 @@ class RunRecords:
         if self.is_main and self.progress is not None:
             self.progress.advance()
             self.state_file.update(**self._position())
+            if figures := self.system.take():
+                self.metrics.write("system", self._position()["step"], **figures)
+
+    def seconds(self) -> float:
+        """How long the run has been running, earlier starts included and what lay between them not."""
+        return time.monotonic() - self._began
+
+    def alive(self) -> None:
+        """Renew `updated_at` of state.json, by which others tell a slow run, or a paused one, from a stuck one."""
+        if self.is_main and self.progress is not None:
+            self.state_file.update(**self._position())
+
+    def obeyed(self, what: str, command_id: Any = None) -> None:
+        """Say what has become of a command: pausing, paused, running (again) or saved."""
+        if not self.is_main:
+            return
+        step = self._position()["step"]
+        now, done = time.monotonic(), {"obeyed": {"id": command_id, "step": step}}
+        if what == "paused":
+            self._paused_at = now
+            self.event(step, "pause")
+        elif what == "running":
+            self.event(step, "resume", seconds=now - self._paused_at)
+        elif what == "saved":
+            self.event(step, "save")
+        status = self.state_file.values["status"] if what == "saved" else what
+        self.state_file.update(status=status, **self._position(), **(done if what != "pausing" else {}))
+
+    def stopping(self, reason: str) -> None:
+        """A stop is agreed, what remains is to save."""
+        if self.is_main:
+            self.event(self._position()["step"], "stop", reason=reason)
+            self.status("stopping")
 
     def status(self, status: str, exit_reason: str | None = None, exit_code: int | None = None) -> None:
         if self.is_main:
@@ -253,7 +305,10 @@ class RunRecords:
         return self.last_eval if step == self._last_eval_step else {}
 
     def close(self, status: str, exit_reason: str | None = None) -> None:
+        if exit_reason == ALERT and self.alerts.stopping_for:
+            exit_reason = f"{ALERT}: {self.alerts.stopping_for}"
         self.status(status, exit_reason)
+        self.system.close()
         if self.is_main:
             self.metrics.close()
             if self.progress is not None:

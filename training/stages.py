@@ -7,8 +7,9 @@ mini-epochs is a row with `repeats` and `mini_epochs`; both together are epochs 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def read_stages(config: Config) -> list[Stage]:
         problems += [f"{where}: {key} {counts[key]} is no whole number from 1" for key in wrong]
         flags = {key: value for key, value in row.items() if key not in OWN_KEYS}
         foreign = [key for key in flags if key not in STAGE_FLAGS]
-        problems += [f"{where}: {key} is none of {', '.join((*OWN_KEYS, *STAGE_FLAGS))}" for key in foreign]
+        problems += [f"{where}: {_not_a_key(str(key))}" for key in foreign]
         if name in names:
             problems.append(f"{where}: the name is given twice")
         names.add(name)
@@ -71,13 +72,64 @@ def read_stages(config: Config) -> list[Stage]:
             epochs = counts["repeats"] * counts["mini_epochs"]
             given = {key: value for key, value in flags.items() if key not in foreign}
             merged = make_config(overlay(_given(config), {**given, "epochs": epochs}))
-            merged.max_steps = config.max_steps  # of the whole run
             stages.append(Stage(name, str(row.get("description") or ""), config=merged, **counts))
         except ConfigError as error:
             problems += [f"{where}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
     return stages
+
+
+def check_terms(stages: Iterable[Stage]) -> None:
+    """ValueError for the weight of a term that no objective of ours has."""
+    for stage in stages:
+        config = stage.config
+        has = {"ce": True, "z": True, "gp": config.gradient_penalty > 0, "kd": config.teacher is not None}
+        has |= dict.fromkeys(
+            ("aux", "router_z"), bool(config.use_moe or config.num_experts or config.from_weight != "none")
+        )
+        known = [term for term, there in has.items() if there]
+        if unknown := [term for term in parse_loss_weights(config.loss_weights) if term not in known]:
+            hints = {"kd": "; kd needs --teacher", "gp": "; gp needs --gradient_penalty", "aux": "; aux needs experts"}
+            raise ValueError(
+                f"--loss_weights {unknown[0]}: the terms are {', '.join(known)}{hints.get(unknown[0], '')}"
+            )
+
+
+ADAPT, CYCLE = ("plateau", "adaptive"), ("one_cycle", "mini_epoch")
+# A flag that does something only where another one has one of these values, or any but its default.
+WORKS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lr_cycles": ("lr_schedule", ("cosine_restarts",)),
+    "lr_decay_ratio": ("lr_schedule", ("wsd",)),
+    "lr_power": ("lr_schedule", ("polynomial",)),
+    "lr_interval": ("lr_schedule", ("step", "exponential")),
+    "lr_gamma": ("lr_schedule", ("step", "multistep", "exponential", "mini_epoch")),
+    "lr_milestones": ("lr_schedule", ("multistep",)),
+    "lr_peak_ratio": ("lr_schedule", ("one_cycle",)),
+    "lr_start_ratio": ("lr_schedule", CYCLE),
+    "lr_warmup_epochs": ("lr_schedule", ("mini_epoch",)),
+    **dict.fromkeys(("adaptive_every", "lr_adapt_patience", "lr_adapt_factor", "min_lr"), ("lr_adapt", ADAPT)),
+    **dict.fromkeys(("lr_adapt_threshold", "lr_adapt_cooldown"), ("lr_adapt", ADAPT)),
+    **dict.fromkeys(("lr_adapt_window", "lr_adapt_boost", "lr_adapt_drop"), ("lr_adapt", ("adaptive",))),
+    **dict.fromkeys(("lr_adapt_drop_patience", "max_lr_factor"), ("lr_adapt", ("adaptive",))),
+    "momentum": ("optimizer", ("sgd", "muon")),
+    **dict.fromkeys(("alpha", "temperature", "teacher_dtype"), ("teacher", ())),
+    "early_stopping_min_delta": ("early_stopping_patience", ()),
+    "eval_samples_interval": ("eval_samples", ()),
+}
+
+
+def idle_flags(stages: Sequence[Stage]) -> list[str]:
+    """A line for each flag that was given and does nothing in any stage."""
+    lines = []
+    for name, (switch, values) in WORKS_WITH.items():
+        default = getattr(Config, name)
+        given = [stage.config for stage in stages if getattr(stage.config, name) != default]
+        settings = [getattr(config, switch) for config in given]
+        if given and not any(value in values if values else value != getattr(Config, switch) for value in settings):
+            wanted = f"--{switch} {' or '.join(values)}".strip()
+            lines.append(f"--{name} {getattr(given[0], name)} does nothing without {wanted}")
+    return lines
 
 
 def weighs(stages: Iterable[Stage], term: str) -> bool:
@@ -103,10 +155,16 @@ def stages_as_text(stages: list[Stage], first: Config) -> str:
     return json.dumps(rows, ensure_ascii=False)  # YAML, which reads it, knows no surrogates
 
 
+def _not_a_key(key: str) -> str:
+    near = difflib.get_close_matches(key, (*OWN_KEYS, *STAGE_FLAGS), n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{key}{hint} is none of {', '.join((*OWN_KEYS, *STAGE_FLAGS))}"
+
+
 def _given(config: Config) -> dict[str, Any]:
     """What of the configuration of a run a row may build on: all that is not as it would be anyway."""
     given = [f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
-    return {f.name: getattr(config, f.name) for f in given if f.name not in ("stages", "max_steps")}
+    return {f.name: getattr(config, f.name) for f in given if f.name != "stages"}
 
 
 def _rows_of(text: str) -> tuple[str, list[Any]]:

@@ -18,9 +18,9 @@ logger = logging.getLogger("train")
 
 JOB = ".job"  # says which job of torchrun has begun to train into the directory
 RUN_FILES = (
-    "checkpoints", "final", "best", "report", "wandb", "config.yaml", "state.json", "metrics.jsonl", "alerts.jsonl",
-    "data_report.json", "environment.json", "control.json", "rejects.jsonl", "evaluation.json", "export-step-*",
-    "aside-metrics.jsonl", JOB,
+    "checkpoints", "final", "best", "report", "wandb", "tensorboard", "config.yaml", "state.json", "metrics.jsonl",
+    "alerts.jsonl", "data_report.json", "environment.json", "control.json", "rejects.jsonl", "evaluation.json",
+    "export-step-*", "aside-metrics.jsonl", "aside-alerts.jsonl", JOB,
 )  # fmt: skip
 
 

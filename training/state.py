@@ -26,6 +26,7 @@ class LoopState:
     non_finite_in_a_row: int = 0
     overflows: int = 0  # steps that the fp16 loss scale left out
     unfinished: bool = False  # a stop came between the update of this step and the end of its validation
+    evaluations: int = 0
     lr_factor: float = 1.0  # what the learning rate of the schedule is multiplied by
     policies: dict[str, Any] = field(default_factory=dict)  # what they remember, see training/policies.py
     since_log: Sums = field(default_factory=Sums)

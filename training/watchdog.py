@@ -21,9 +21,11 @@ SECONDS_FOR_THE_OTHERS = 1.0  # torchrun ends all ranks when the first one goes,
 class Watchdog:
     """A thread that wants to hear `beat` every `limit_seconds`, before the first step is done 2.5 times as long."""
 
-    def __init__(self, limit_seconds: float, on_hang: Callable[[str], None]):
-        """`on_hang(message)` is called just before the process ends with EXIT_HANG."""
-        self.limit_seconds, self.on_hang = limit_seconds, on_hang
+    def __init__(
+        self, limit_seconds: float, on_hang: Callable[[str], None], on_beat: Callable[[], None] = lambda: None
+    ):
+        """`on_hang(message)` is called just before the process ends with EXIT_HANG, `on_beat()` with each beat."""
+        self.limit_seconds, self.on_hang, self.on_beat = limit_seconds, on_hang, on_beat
         self._limit = limit_seconds * FIRST_FACTOR
         self._last_beat = time.monotonic()
         self._closed = threading.Event()
@@ -41,6 +43,7 @@ class Watchdog:
         self._last_beat = time.monotonic()
         if step_done:
             self._limit = self.limit_seconds
+        self.on_beat()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.limit_seconds / 10)):

@@ -55,6 +55,9 @@ class LossWeight:
         return value * epoch / self.warmup_epochs if epoch < self.warmup_epochs else value
 
 
+NOTHING = LossWeight("constant", {"value": 0.0})
+
+
 def parse_loss_weights(text: str) -> dict[str, LossWeight]:
     """Term -> weight. Raises ValueError that says what is wrong with which term."""
     wrong = f"--loss_weights {text}"
@@ -69,12 +72,14 @@ def parse_loss_weights(text: str) -> dict[str, LossWeight]:
         if item.arg is None or item.arg in weights:
             raise ValueError(f"{wrong}: {item.arg or '**'} is given twice or is no term")
         weights[item.arg] = _weight(item.value, f"{wrong}: {item.arg}")
+    if "ce" in weights and all(weight == NOTHING for weight in weights.values()):
+        raise ValueError(f"{wrong}: nothing weighs anything, so nothing would be learnt")
     return weights
 
 
 def _weight(node: ast.expr, wrong: str) -> LossWeight:
     if not isinstance(node, ast.Call):
-        return LossWeight("constant", {"value": _number(node, wrong, "value")})
+        return _checked(LossWeight("constant", {"value": _number(node, wrong, "value")}), wrong)
     kind = node.func.id if isinstance(node.func, ast.Name) else ""
     if kind not in KINDS:
         raise ValueError(f"{wrong}: {kind or 'this'} is none of {', '.join(KINDS)}")
@@ -96,7 +101,15 @@ def _weight(node: ast.expr, wrong: str) -> LossWeight:
         if numbers.get(name, 0.0) < 0:
             raise ValueError(f"{wrong}: {name} must be at least 0")
     more = {name: numbers.pop(name) for name in ANY_KIND if name in numbers}
-    return LossWeight(kind, numbers, **more)
+    return _checked(LossWeight(kind, numbers, **more), wrong)
+
+
+def _checked(weight: LossWeight, wrong: str) -> LossWeight:
+    negative = [name for name in ("value", "start", "end", "min", "max") if weight.numbers.get(name, 0.0) < 0]
+    negative += ["final"] if (weight.final or 0.0) < 0 else []
+    if negative:
+        raise ValueError(f"{wrong}: {negative[0]} is negative, which would train away from the data")
+    return weight
 
 
 def _number(node: ast.expr, wrong: str, name: str) -> float:

@@ -192,6 +192,18 @@ MUTANTS = [
            '    while not (answer := read(f"answer {rank}")).startswith(own):',
            '    while not (answer := read(f"answer {rank}")):',
            ("tests/test_meeting.py::test_every_start_gets_one_name_of_its_own_whoever_comes_last",)),
+    Mutant("what was cut off stays in TensorBoard", "training/sinks.py",
+           "purge_step=first)", "purge_step=None)",
+           ("tests/test_sinks.py::test_what_was_cut_off_is_gone_even_within_the_step_of_the_cut",)),
+    Mutant("a pause counts in the time of its epoch", "training/records.py",
+           "seconds if idle else 0.0", "0.0",
+           ("tests/test_system_metrics.py::test_a_pause_is_neither_in_the_rates_nor_in_the_time_of_an_epoch",)),
+    Mutant("a paused run is silent", "training/watchdog.py",
+           "        self.on_beat()\n", "",
+           ("tests/test_system_metrics.py::test_every_beat_of_a_running_loop_is_heard_of",)),
+    Mutant("sharding is forgotten where memory is estimated", "training/doctor.py",
+           "if shared else 1", "if False else 1",
+           ("tests/test_doctor.py::test_what_a_model_takes_is_what_it_holds",)),
 ]  # fmt: skip
 
 
