@@ -27,8 +27,8 @@ STUDENT = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.bench_distillation", description=__doc__.split(":")[0])
     parser.add_argument("teacher", metavar="RUN", help="the trained demo: bash scripts/quickstart.sh leaves runs/demo")
-    parser.add_argument("--samples", type=positive, default=1000, metavar="N", help="of the student (default 1000)")
-    parser.add_argument("--steps", type=positive, default=400, metavar="N", help="of the student (default 400)")
+    parser.add_argument("--samples", type=positive, default=300, metavar="N", help="of the student (default 300)")
+    parser.add_argument("--steps", type=positive, default=300, metavar="N", help="of the student (default 300)")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="from 1 to this (default 3)")
     parser.add_argument("--alpha", type=float, default=0.7, metavar="X", help="default 0.7")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="default 1")

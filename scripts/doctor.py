@@ -55,6 +55,7 @@ def check_devices(config: Config, machine: Machine, local: int) -> list[Finding]
 
 def check_data(config: Config) -> list[Finding]:
     """Whether the files are there and their first rows can be trained; all rows are read when a run starts."""
+    from dataset.files import OF_THE_FILE
     from dataset.prepare import DataOptions
     from dataset.reader import Defect, read_conversations
     from dataset.sources import find_sources
@@ -72,6 +73,8 @@ def check_data(config: Config) -> list[Finding]:
                 words = f"{flag} {source.path}: {bad[0] if bad else 'its first rows are fine'}"
                 remedy = "mend the row, or --bad_rows skip; python -m scripts.inspect_data shows samples"
                 level = OK if not bad else WARN if config.bad_rows == "skip" else ERROR
+                if bad and bad[0].code in OF_THE_FILE:
+                    level, remedy = ERROR, f"is {flag} the right path, and the file whole?"
                 found.append(Finding(level, "data", words, remedy))
         except (OSError, ValueError) as error:
             found.append(Finding(ERROR, "data", str(error), f"is {flag} the right path?"))

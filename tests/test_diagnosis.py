@@ -15,6 +15,7 @@ from training.diagnosis import (
     lr_too_high,
     memory_growth,
     non_finite,
+    non_finite_gradient,
     nothing_to_train,
     overfitting,
     smoothed,
@@ -145,6 +146,11 @@ def test_a_loss_that_is_no_number_is_told_and_one_that_is_not_logged_is_not():
         assert alerts_of([*records, {"kind": kind, "step": 3, "other": 1.0}], 3) == []
         alerts = alerts_of([*records, {"kind": kind, "step": 3, f"{kind}/loss": None}], 3)
         assert [(alert.rule, alert.step) for alert in alerts] == [("non_finite", 3)]
+
+
+def test_steps_that_are_left_out_are_told_of_whenever_their_number_has_doubled():
+    told = [n for n in range(1, 11) if non_finite_gradient(np.arange(1.0, n + 1))]
+    assert told == [1, 2, 4, 8]
 
 
 def test_a_step_that_was_left_out_is_told_of_and_an_overflow_of_fp16_is_not():

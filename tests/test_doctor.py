@@ -227,7 +227,7 @@ def test_the_program_passes_a_good_run_and_leaves_nothing_behind(tmp_path, capsy
     [
         (["--data_path=no/such.jsonl"], "error  data: --data_path no/such.jsonl"),
         (["--data_path=BAD"], "bad.jsonl:1: "),
-        (["--data_path=ROWS", "--tokenizer=no/where"], "error  model: no tokenizer in no/where"),
+        (["--data_path=ROWS", "--tokenizer=./no/where"], "error  model: no tokenizer in ./no/where"),
         (["--data_path=ROWS", "--save_dir=FILE/run"], "cannot be written to: Not a directory"),
     ],
 )

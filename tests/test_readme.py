@@ -1,6 +1,7 @@
 """What the texts promise: every flag with its default, in both languages, and commands that exist."""
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_what_the_text_names_exists(path):
     files = set(re.findall(r"(?:bash|config|python) ((?:scripts|configs)/[\w.]+|\w+\.py)", text))
     links = {link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")}
     assert {"scripts.chat", "scripts.evaluate"} <= scripts and "scripts/quickstart.sh" in files
-    missing = [s for s in scripts if not (ROOT / f"{s.replace('.', '/')}.py").exists()]
+    missing = [script for script in scripts if importlib.util.find_spec(script) is None]
     missing += [name for name in files | links if not (ROOT / name).exists()]
     assert not missing
     assert "@@" not in text

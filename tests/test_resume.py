@@ -41,6 +41,7 @@ MATRIX = [
     (4, "float32", 1),
     (4, "bfloat16", 3),
 ]
+LONG_LANE = [(1, "float16", 1), (2, "bfloat16", 1), (3, "float16", 1), (4, "bfloat16", 3)]
 FSDP = [
     (2, "float32", 3),
     (2, "bfloat16", 1),
@@ -51,7 +52,12 @@ FSDP = [
 
 
 @pytest.mark.parametrize(
-    ("world_size", "dtype", "accumulation", "strategy"), [(*m, "ddp") for m in MATRIX] + [(*m, "fsdp") for m in FSDP]
+    ("world_size", "dtype", "accumulation", "strategy"),
+    [
+        pytest.param(*row, strategy, marks=[pytest.mark.slow] if row in LONG_LANE else [])
+        for strategy, table in (("ddp", MATRIX), ("fsdp", FSDP))
+        for row in table
+    ],
 )
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, rows, world_size, dtype, accumulation, strategy):
     kill_and_resume(tmp_path, rows, world_size, dtype, accumulation, strategy)

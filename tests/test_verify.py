@@ -41,7 +41,9 @@ def test_kept_promises_are_reported_with_what_was_measured(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("bug", "check", "promise"),
     [
-        ("packed documents go on counting positions", "packing", "packed == alone: logits"),
+        pytest.param(
+            "packed documents go on counting positions", "packing", "packed == alone: logits", marks=pytest.mark.slow
+        ),
         ("attention goes across documents", "packing", "positions that another document changes"),
         pytest.param("the mean of means is trained", "split", "update of 2 processes (ddp)", marks=pytest.mark.slow),
         pytest.param("one row too few counts as trained", "world_size", "samples missing", marks=pytest.mark.slow),

@@ -20,7 +20,7 @@ from training.metrics import MetricsLog, read_records
 logger = logging.getLogger("train")
 
 # Records of its kind for which a rule must have been silent before it speaks again.
-QUIET = {"train": 50, "eval": 3, "system": 100, "non_finite_gradient": 1}
+QUIET = {"train": 50, "eval": 3, "system": 100, "non_finite_gradient": 0}
 
 
 class AlertBook:

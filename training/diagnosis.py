@@ -93,6 +93,8 @@ def non_finite_gradient(steps: Array, window_steps: int = 1000) -> Alert | None:
     if not len(steps):
         return None
     recent = int(np.sum(steps > steps[-1] - window_steps))
+    if recent & (recent - 1):  # said of the first and whenever their number has doubled
+        return None
     return Alert(
         WARNING, "non_finite_gradient", int(steps[-1]), {"left_out": recent, "window_steps": window_steps},
         f"the gradient was not finite and the step was left out, {recent} in the last {window_steps} steps (the run "
@@ -121,8 +123,8 @@ def divergence(
         ERROR, "divergence", int(steps[-1]),
         {"best": best, "now": now, "times": now / best if best else math.inf, "records": records if stood else 1},
         f"the smoothed training loss was at {best:.4g} and {seen} {now:.4g}: lower --learning_rate (a third is a "
-        "start), lengthen --warmup_ratio, keep --grad_clip 1, and go on from a checkpoint before the rise with "
-        "--from_resume PATH --allow_change schedule",
+        "start), lengthen --warmup_ratio, keep --grad_clip 1, and go on from a checkpoint before the rise, if there is "
+        "one, with --from_resume PATH --allow_change schedule",
     )  # fmt: skip
 
 

@@ -81,6 +81,11 @@ def span_of(count: int) -> int:
     return max(5, min(100, count // 25))
 
 
+def centred(values: Array, span: int) -> Array:
+    """`smoothed` from both sides, so that the curve does not trail what it smooths; for looking back only."""
+    return (smoothed(values, span) + smoothed(values[::-1], span)[::-1]) / 2
+
+
 def finish(panels: list[Any], curves: Curves) -> None:
     """What all pictures share: all steps of the run from left to right, and the stages."""
     for axes in panels:
@@ -94,7 +99,7 @@ def draw_loss(curves: Curves) -> Any:
         return None
     figure, ((axes,),) = new_figure()
     axes.plot(*thinned(steps, losses), color=BLUE, alpha=0.3, linewidth=0.8, label="training")
-    means = smoothed(losses, span_of(len(losses)))
+    means = centred(losses, span_of(len(losses)))
     axes.plot(*thinned(steps, means), color=BLUE, linewidth=1.8, label=f"smoothed over {span_of(len(losses))}")
     eval_steps, eval_losses = curves.points("eval/loss", "eval")
     axes.plot(eval_steps, eval_losses, color=RED, marker="o", markersize=4, linewidth=1.0, label="held out")
@@ -137,7 +142,7 @@ def draw_grad_norm(curves: Curves) -> Any:
         return None
     figure, ((axes,),) = new_figure(size=(9, 3.5))
     axes.plot(*thinned(steps, norms), color=PURPLE, alpha=0.35, linewidth=0.8, label="before clipping")
-    axes.plot(*thinned(steps, smoothed(norms, span_of(len(norms)))), color=PURPLE, linewidth=1.6, label="smoothed")
+    axes.plot(*thinned(steps, centred(norms, span_of(len(norms)))), color=PURPLE, linewidth=1.6, label="smoothed")
     if curves.grad_clip:
         share = np.mean(norms > curves.grad_clip)
         label = f"clipped to {curves.grad_clip:g} ({100 * share:.0f} % of the logged steps)"

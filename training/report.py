@@ -120,7 +120,7 @@ def report_lines(run_dir: Path, state: dict[str, Any], config: dict[str, Any], c
     alerts = read_alerts(run_dir)
     for title, lines in (
         ("Result", _result(state, curves)),
-        ("Recommendations", _recommendations(state, config, curves, alerts)),
+        ("Recommendations", _recommendations(run_dir, state, config, curves, alerts)),
         ("Alerts", _alerts(alerts)),
         ("Convergence", _convergence(curves)),
         ("Learning rate", _learning_rate(curves)),
@@ -148,7 +148,8 @@ def _result(state: dict[str, Any], curves: Curves) -> Iterator[str]:
         rows.append(("epochs trained", f"{last.get('train/epoch', 0):.3g}"))
         tokens = f"{last.get('train/tokens', 0):,}, {last.get('train/supervised_tokens', 0):,} of them supervised"
         rows.append(("tokens trained", tokens))
-        rows.append(("training loss, last logged", number(last.get("train/loss"))))
+        lost = "train/loss" in last.get("non_finite", ())
+        rows.append(("training loss, last logged", "not finite" if lost else number(last.get("train/loss"))))
     if best:
         name, epoch = curves.monitor_metric, _epoch_at(curves, best[0])
         rows.append((f"best {name}", f"{best[1]:.4f}, step {best[0]:,}, epoch {epoch}"))
@@ -160,14 +161,16 @@ def _result(state: dict[str, Any], curves: Curves) -> Iterator[str]:
 
 
 def _recommendations(
-    state: dict[str, Any], config: dict[str, Any], curves: Curves, alerts: list[dict[str, Any]]
+    run_dir: Path, state: dict[str, Any], config: dict[str, Any], curves: Curves, alerts: list[dict[str, Any]]
 ) -> Iterator[str]:
     """What to do next: first what the alerts advise, then what the result itself suggests."""
     newest = {alert["rule"]: alert for alert in alerts}
     for alert in newest.values():
         yield f"- **{cell(alert['rule'])}** (step {alert['step']}): {cell(alert.get('advice'))}"
     if state["status"] in ("stopped", "crashed", "failed") and state.get("step"):
-        yield "- The run is not done: the same command with `--from_resume 1` goes on from the last checkpoint."
+        saved = any((run_dir / "checkpoints").glob("step-*/manifest.json"))
+        place = "goes on from the last checkpoint" if saved else "begins again, for nothing was saved"
+        yield f"- The run is not done: the same command with `--from_resume 1` {place}."
     steps, losses = curves.points("eval/loss", "eval")
     if not len(steps) and curves.of("train"):
         yield (
@@ -335,10 +338,9 @@ def _data(run_dir: Path) -> Iterator[str]:
     rows = [(name.replace("_", " "), *(number(part.get(name)) for part in parts.values())) for name in names]
     yield from table(("", *(name.replace("_", " ") for name in parts)), rows)
     yield ""
-    for part in parts.values():
-        for source in part.get("sources", []):
-            samples, layout = cell(number(source.get("samples"))), cell(source.get("layout"))
-            yield f"- {cell(source.get('path'))}: {samples} samples ({layout})"
+    files = {source.get("path"): source for part in parts.values() for source in part.get("sources", [])}
+    for path, source in files.items():
+        yield f"- {cell(path)}: {cell(number(source.get('rows_read')))} rows ({cell(source.get('layout'))})"
 
 
 def _plots(run_dir: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,11 @@ class FunctionSink:
         pass
 
 
+def wait_for_another_second(taken: Iterable[float]) -> None:
+    """Both programs name what a start writes by its second, and read it in the order of names."""
+    time.sleep(min(1.0, max(0.0, max(taken, default=0) + 1 - time.time())))
+
+
 class TensorBoardSink:
     """Event files; events of the run are texts there."""
 
@@ -61,9 +66,7 @@ class TensorBoardSink:
         whole = whole or not history or not any(directory.glob(EVENT_FILES))
         # The last step of the history is written again: what was cut off may have been of the same step.
         first = 0 if whole else history[-1]["step"]
-        # Files are read in the order of their names, which tell starts apart by the second.
-        newest = max((int(path.name.split(".")[3]) for path in directory.glob(EVENT_FILES)), default=0)
-        time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
+        wait_for_another_second(int(path.name.split(".")[3]) for path in directory.glob(EVENT_FILES))
         self.writer = SummaryWriter(str(directory), purge_step=first)
         for record in history:
             if record["step"] >= first:
@@ -98,6 +101,8 @@ class WandbSink:
         import wandb
 
         earlier = list((directory / "wandb").glob(f"offline-run-*-{run_id}"))
+        begun = (time.strptime(part.name.split("-")[2], "%Y%m%d_%H%M%S") for part in earlier)
+        wait_for_another_second(map(time.mktime, begun))
         self.run = wandb.init(
             project=project, id=run_id, name=directory.name, resume="allow", dir=str(directory), config=config,
             settings=wandb.Settings(silent=True),

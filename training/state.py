@@ -54,8 +54,8 @@ class LoopState:
         if self.non_finite_in_a_row >= MAX_NON_FINITE_IN_A_ROW or self.non_finite >= MAX_NON_FINITE:
             raise NonFiniteError(
                 f"step {self.step}: the gradient was not finite {self.non_finite_in_a_row} times in a row and "
-                f"{self.non_finite} times in all. The last checkpoint is good; lower --learning_rate, or look at the "
-                "samples named above"
+                f"{self.non_finite} times in all. Checkpoints made so far are good; lower --learning_rate, or look at "
+                "the samples named above"
             )
 
     def to_dict(self, sum_ints: Callable[[Sequence[int]], list[int]]) -> dict[str, Any]:

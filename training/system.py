@@ -98,7 +98,6 @@ class SystemWatch:
         self._since_record: dict[int, list[float]] = {}
         self._since_epoch: list[float] = []
         self._closed = threading.Event()
-        psutil.cpu_percent()  # the first answer is worth nothing
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="system figures", daemon=True).start()
@@ -117,6 +116,7 @@ class SystemWatch:
         self._closed.set()
 
     def _watch(self) -> None:
+        psutil.cpu_percent()  # since the last call of this thread, so that the first answer is worth nothing
         due = time.monotonic() + min(FIRST_SECONDS, self.seconds)
         pause = GPU_SECONDS if self.gpus.handles else self.seconds
         while not self._closed.wait(max(0.0, min(pause, due - time.monotonic()))):
