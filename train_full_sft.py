@@ -505,7 +505,7 @@ def run_job(
     )}  # fmt: skip
     identity |= {name: f"{identity.get(name, '')} | {said}" for name, said in extra_identity.items()}
     changed = refuse_changes(saved["identity"], identity, config.allowed_changes) if checkpoint else []
-    plan = make_plan(stages, data.train.rows_of, window_rows, state)
+    plan = make_plan(stages, data.train.rows_of, window_rows, state, model.term_weights)
     data.report["train"]["steps_per_epoch"] = plan.steps_of(0)
     processes.agree_on("data or flags", identity, config.batch_size, state.step, plan.total_steps, config.save_interval,
                        config.log_interval, config.eval_interval, config.strategy)  # fmt: skip

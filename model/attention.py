@@ -1,4 +1,4 @@
-"""How tokens see each other: rotary positions, and attention that knows the boundaries of packed documents."""
+"""How tokens see each other: attention that knows the boundaries of packed documents."""
 
 import functools
 import inspect
@@ -7,25 +7,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, 1, head_dim / 2) of the rotary angles (Su et al. 2021).
-
-    In float32 for every model, float64 ones included, because transformers does so and weights were trained with it.
-    """
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
-    angles = position_ids.float()[:, None, None] * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of x (T, heads, head_dim), the half-split order of Hugging Face weights.
-
-    The result is at least as wide as the angles; attention narrows it where its kernel wants that.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def document_attention(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def sizes_of(from_weight: str, shape: dict[str, int], vocab_size: int) -> dict[s
 def describe_model(model: Any) -> str:
     """What the model computes, in a line: two models that differ in more than their weights differ in it."""
     if isinstance(model, Decoder):
-        return ", ".join(f"{name} {value}" for name, value in asdict(model.config).items() if name != "dropout")
+        return ", ".join(f"{name} {value}" for name, value in model.config.to_dict().items())
     config = json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str)
     return f"{type(model.inner).__name__} {hashlib.sha256(config.encode()).hexdigest()[:16]}"
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.decoder import Decoder, DecoderConfig
+from model.families import config_json, unstacked
 from model.loading import HFCausalLM
 
 if TYPE_CHECKING:
@@ -67,33 +67,13 @@ def export_model(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def config_json(config: DecoderConfig, special: dict[str, int | None], dtype: torch.dtype) -> dict:
-    """The config.json of a decoder as LlamaForCausalLM, readable by transformers 5 and 4.57."""
-    shape = {name: value for name, value in asdict(config).items() if name != "dropout"}
-    dtype_name = str(dtype).removeprefix("torch.")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **shape,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "pretraining_tp": 1,
-        "use_cache": True,
-        **special,
-        "dtype": dtype_name,
-        "torch_dtype": dtype_name,
-    }
-
-
 def _write_decoder(draft: Path, config: DecoderConfig, state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:
     special = _special_ids(draft)
     _write_json(draft / "config.json", config_json(config, special, dtype))
     _write_json(draft / "generation_config.json", {**special, "do_sample": False})
     skipped = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    weights = {n: t.detach().to("cpu", dtype).contiguous() for n, t in state_dict.items() if n not in skipped}
+    stored = unstacked({name: tensor for name, tensor in state_dict.items() if name not in skipped})
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in stored.items()}
     save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
 
 

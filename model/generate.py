@@ -153,12 +153,12 @@ class DecoderCache:
         """Logits (B, V) after the last token of each prompt."""
         self.boundaries = F.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
         positions = torch.cat([torch.arange(length, device=self.device) for length in self.prompt_lengths])
-        states = self.model.hidden_states(self.input_ids, positions, self._attends(self._attend_prompts))
+        states, _ = self.model.hidden_states(self.input_ids, positions, self._attends(self._attend_prompts))
         return self.model.lm_head(states[self.boundaries[1:].long() - 1])
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) after one more token (B,) of each sequence."""
-        states = self.model.hidden_states(tokens, self.lengths, self._attends(self._attend_stored))
+        states, _ = self.model.hidden_states(tokens, self.lengths, self._attends(self._attend_stored))
         self.lengths = self.lengths + 1
         self.longest += 1
         return self.model.lm_head(states)

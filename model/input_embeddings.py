@@ -20,6 +20,11 @@ class LanguageModel(nn.Module):
 
     vocab_size: int
 
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """Terms that a model adds to those of an objective, and what they weigh if --loss_weights says nothing."""
+        return {}
+
     def supervised_states(self, batch: dict) -> tuple[Tensor, Head]:
         """States (S, hidden) at the supervised positions of a batch, and what makes logits (S, V) of them."""
         raise NotImplementedError

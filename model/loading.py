@@ -1,10 +1,10 @@
 """From a configuration or a directory of weights to a model that answers `model(batch, terms)`."""
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from model.attention import document_attention
 from model.decoder import Decoder, DecoderConfig
+from model.families import decoder_config, in_files, is_builtin
 from model.input_embeddings import Head, LanguageModel
 from model.losses import Terms, supervised_terms
-from model.parts import PartOf, block, recompute_in_backward, whole
+from model.moe import TERM_WEIGHTS, router_terms
+from model.parts import Inside, PartOf, overlap, recompute_in_backward, whole
 from model.trust import read_object, refuse_unsafe_weights
 
 logger = logging.getLogger("train")
@@ -24,6 +26,8 @@ logger = logging.getLogger("train")
 ATTENTION_NAME = "documents"
 FLOATS = ("F64", "F32", "F16", "BF16")
 NOT_PACKABLE = "this family cannot be packed yet"
+# Families whose router takes the first of a softmax, and says before it the logits; others balance in other ways.
+ROUTED_BY_SOFTMAX = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 PROBE_TOKENS = 7  # of each of the two documents that a loaded model is tried on
 
 
@@ -76,39 +80,6 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return read_object(Path(directory) / "config.json")
 
 
-def is_builtin(config: dict[str, Any]) -> bool:
-    """Whether a config.json describes what the decoder computes: Llama, no biases, plain rotary positions, SiLU."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return (
-        config.get("architectures") == ["LlamaForCausalLM"]
-        and config.get("hidden_act", "silu") == "silu"
-        and not config.get("attention_bias")
-        and not config.get("mlp_bias")
-        and not config.get("quantization_config")
-        and rope.get("rope_type", rope.get("type", "default")) == "default"
-    )
-
-
-def decoder_config(config: dict[str, Any], dropout: float = 0.0) -> DecoderConfig:
-    """The shape in a config.json that `is_builtin` accepts, with LlamaConfig's defaults for what it leaves out.
-
-    Raises ValueError for a shape that is incomplete or impossible.
-    """
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if missing := [name for name in needed if not isinstance(config.get(name), int)]:
-        raise ValueError(f"config.json has no whole number for {', '.join(missing)}")
-    values: dict[str, Any] = {
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 2048,
-        "num_key_value_heads": config["num_attention_heads"],
-    }
-    known = {field.name for field in fields(DecoderConfig)}
-    values |= {name: value for name, value in config.items() if name in known and value is not None}
-    values |= {"rope_theta": (config.get("rope_parameters") or config).get("rope_theta", 10000.0), "dropout": dropout}
-    return DecoderConfig(**values)
-
-
 def _decoder_config_in(directory: str | Path, dropout: float) -> DecoderConfig:
     try:
         return decoder_config(read_config(directory), dropout)
@@ -122,30 +93,31 @@ def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: 
     Raises ValueError where the files are damaged or do not fit the model, naming the first differences.
     """
 
-    def put(values: Any, tensor: Tensor) -> None:
-        """The part that is held here of the values, a tensor or a slice of a file."""
+    def put(values: Any, tensor: Tensor, inside: Inside = ()) -> None:
+        """What is held here of the values, a tensor or a slice of a file, that belong `inside` a tensor."""
         part, begin = part_of(tensor)
-        with torch.no_grad():
-            part.copy_(values[block(part, begin)])
+        in_part, in_values = overlap(part, begin, inside)
+        if (own := part.detach()[in_part]).numel():
+            own.copy_(values[in_values])
 
     wanted = _wanted_tensors(model)
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
-    missing, wrong = dict(wanted), []
+    missing, wrong = _as_in_files(model, wanted), []
     for file in _weight_files(source):
         with _opened(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict
                 if name in tied:
                     continue  # some writers save the tied head a second time
-                tensor = missing.pop(name, None)
+                tensor, inside, expected = missing.pop(name, (None, (), ()))
                 shape, dtype = tuple(stored.get_slice(name).get_shape()), stored.get_slice(name).get_dtype()
                 if tensor is None:
                     wrong.append(f"{name} is not part of it")
-                elif shape != tuple(tensor.shape):
-                    wrong.append(f"{name} is {shape} and should be {tuple(tensor.shape)}")
+                elif shape != expected:
+                    wrong.append(f"{name} is {shape} and should be {expected}")
                 elif tensor.is_floating_point() and dtype not in FLOATS:
                     wrong.append(f"{name} holds {dtype}, not one of {', '.join(FLOATS)}")
                 else:
-                    put(stored.get_slice(name) if shape else stored.get_tensor(name), tensor)
+                    put(stored.get_slice(name) if shape else stored.get_tensor(name), tensor, inside)
     wrong += [f"{name} is missing" for name in missing]
     if wrong and isinstance(model, HFCausalLM):  # the family stores its weights otherwise than it holds them
         logger.warning("the weights of %s have to be converted: every process holds a full copy for a moment", source)
@@ -162,6 +134,17 @@ def _wanted_tensors(model: nn.Module) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {**parameters, **{name: tensor for name, tensor in model.state_dict().items() if name not in names}}
+
+
+def _as_in_files(model: nn.Module, wanted: dict[str, Tensor]) -> dict[str, tuple[Tensor | None, Inside, tuple]]:
+    """Stored name -> the tensor that it belongs to, where inside that, and the shape that it must have."""
+    if not isinstance(model, Decoder):
+        return {name: (tensor, (), tuple(tensor.shape)) for name, tensor in wanted.items()}
+    return {
+        stored: (tensor, inside, tuple(torch.empty(tensor.shape, device="meta")[inside].shape))
+        for name, tensor in wanted.items()
+        for stored, inside in in_files(name, tuple(tensor.shape))
+    }
 
 
 def _weight_files(source: str | Path) -> list[Path]:
@@ -238,6 +221,7 @@ class HFCausalLM(LanguageModel):
             self.add_module(name, child)
         for name, parameter in inner.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+        self._routers = _routers_of(inner)
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
         self._plain_head = False
 
@@ -290,11 +274,17 @@ class HFCausalLM(LanguageModel):
         recompute_in_backward(self.shard_units())
 
     def forward(self, batch: dict, terms: Terms) -> dict[str, Tensor]:
-        """Sums of `terms(logits, positions)` over the supervised positions of a batch of packed documents."""
-        states, head = self.supervised_states(batch)
+        """Sums of `terms(logits, positions)` over the supervised positions of packed documents, and `router_terms`."""
+        routing: list[Tensor] = []
+        with contextlib.ExitStack() as stack:  # only for now: in the backward pass a layer may run once more
+            for router in self._routers:
+                stack.enter_context(router.register_forward_hook(lambda *call: routing.append(call[2][0])))
+            states, head = self.supervised_states(batch)
         if head is logits_already:
-            return terms(states, slice(0, len(states)))
-        return supervised_terms(states, head, self.vocab_size, terms)
+            sums = terms(states, slice(0, len(states)))
+        else:
+            sums = supervised_terms(states, head, self.vocab_size, terms)
+        return {**sums, **router_terms(routing, batch, self.config.num_experts_per_tok)} if routing else sums
 
     def supervised_states(self, batch: dict) -> tuple[Tensor, Head]:
         """As declared; where a family does more between states and logits than a head, the states are the logits."""
@@ -313,6 +303,10 @@ class HFCausalLM(LanguageModel):
         return self.inner(**arguments).logits[0, positions], logits_already
 
     @property
+    def term_weights(self) -> dict[str, float]:
+        return TERM_WEIGHTS if self._routers else {}
+
+    @property
     def vocab_size(self) -> int:
         return self.inner.get_output_embeddings().weight.shape[0]
 
@@ -329,6 +323,16 @@ class HFCausalLM(LanguageModel):
         embedding, head = self.inner.get_input_embeddings().weight, self.inner.get_output_embeddings().weight
         total = sum(parameter.numel() for parameter in self.parameters())
         return total - head.numel() - (0 if embedding is head else embedding.numel()), head.numel()
+
+
+def _routers_of(inner: Any) -> list[nn.Module]:
+    """The modules whose first output is the router logits (T, experts) of a layer."""
+    if inner.config.model_type in ROUTED_BY_SOFTMAX:
+        kind = inner._can_record_outputs["router_logits"].target_class
+        return [module for module in inner.modules() if isinstance(module, kind)]
+    if any(name.endswith(".experts") for name, _ in inner.named_modules()):
+        logger.warning("%s: the balance of its experts is not trained (no term aux)", type(inner).__name__)
+    return []
 
 
 def check_isolation(model: HFCausalLM, tolerance: float = 1e-3) -> None:

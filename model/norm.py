@@ -45,7 +45,7 @@ class _Normalise(torch.autograd.Function):
         x, weight, inverse_rms = ctx.saved_tensors
         normal = x * inverse_rms
         product = grad * normal
-        grad_weight = product.sum(0)
+        grad_weight = product.flatten(0, -2).sum(0)
         negative_mean = (product @ weight).div_(-x.shape[-1]).unsqueeze(-1)
         grad_x = torch.mul(grad, weight, out=product).addcmul_(normal, negative_mean).mul_(inverse_rms)
         return grad_x, grad_weight, None

@@ -1,13 +1,25 @@
-"""Weights of which a process may hold only a part: how they are named, filled, and what is recomputed."""
+"""What every module is made of: weights not yet set, of which a process may hold only a part, and recomputation."""
 
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 # What this process holds of a parameter, sharing its memory, and where that begins in the whole tensor.
 PartOf = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
+Inside = tuple[slice | int, ...]  # the index of a region in a whole tensor, whose last dimensions may be left out
+
+
+def unset(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
+    """A module whose weights are not set, since building a model must not consume the global generator."""
+    return skip_init(kind, *sizes, device=torch.get_default_device(), **options)
+
+
+def projection(inputs: int, outputs: int, bias: bool = False) -> nn.Module:
+    return unset(nn.Linear, inputs, outputs, bias=bias)
 
 
 def whole(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -18,6 +30,23 @@ def whole(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def block(part: Tensor, begin: tuple[int, ...]) -> tuple[slice, ...]:
     """The index of a part in its whole tensor."""
     return tuple(slice(at, at + size) for at, size in zip(begin, part.shape, strict=True))
+
+
+def overlap(part: Tensor, begin: tuple[int, ...], inside: Inside) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """What a part of a tensor and the region `inside` the whole have in common: its index in the part, and in that.
+
+    A whole number in `inside` stands for a dimension that the region does not have.
+    """
+    in_part, in_region = [], []
+    for dim, (size, at) in enumerate(zip(part.shape, begin, strict=True)):
+        wanted = inside[dim] if dim < len(inside) else slice(0, at + size)
+        region = slice(wanted, wanted + 1) if isinstance(wanted, int) else wanted
+        low = max(region.start, at)
+        high = max(low, min(region.stop, at + size))
+        in_part.append(slice(low - at, high - at))
+        if not isinstance(wanted, int):
+            in_region.append(slice(low - region.start, high - region.start))
+    return tuple(in_part), tuple(in_region)
 
 
 def recompute_in_backward(units: list[nn.Module]) -> None:

@@ -2,9 +2,9 @@
 
     python -m scripts.bench --data_path train.jsonl --prompt_field question --response_field answer
 
-Each round runs the trainer, then TRL, each in a process of its own, and measures the rate of a plain matrix product
-between them. Tokens are real ones, never padding; FLOPs are 6 x body weights x tokens + 6 x head weights x supervised
-tokens.
+Each round runs the trainer, with --moe once more as a mixture of experts with as many weights per token, then TRL, each
+in a process of its own, and measures the rate of a plain matrix product between them. Tokens are real ones, never
+padding; FLOPs are 6 x body weights x tokens + 6 x head weights x supervised tokens.
 """
 
 import argparse
@@ -42,6 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_seq_len", type=int, default=1024)
     parser.add_argument("--trl_batch_size", type=int, default=16, help="samples of TRL's batch (dynamic padding)")
     parser.add_argument("--without_trl", action="store_true", help="measure the trainer alone")
+    parser.add_argument("--moe", action="store_true", help="measure the trainer with --use_moe 1 too")
     parser.add_argument("--out", default="bench.json")
     parser.add_argument("--contender", choices=("trl",), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -65,8 +66,8 @@ def measured(command: list[str], threads: int) -> tuple[int, float]:
         return usage.ru_maxrss * 1024, time.perf_counter() - started
 
 
-def run_ours(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """The trainer itself, read back from its metrics."""
+def run_ours(options: argparse.Namespace, directory: Path, **more: Any) -> dict[str, Any]:
+    """The trainer itself with `more` flags, read back from its metrics."""
     flags = {
         **SHAPE,
         "data_path": options.data_path,
@@ -84,7 +85,7 @@ def run_ours(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     flags |= {"log_interval": 1, "save_interval": options.steps - 1, "eval_interval": "99epoch"}
     if options.prompt_field:
         flags |= {"prompt_field": options.prompt_field, "response_field": options.response_field}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in (flags | more).items() for word in (f"--{name}", str(value))]
     peak, _ = measured([sys.executable, "train_full_sft.py", *words], options.threads)
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     # the first step warms caches up, the last one carries the save before it
@@ -103,7 +104,7 @@ def run_ours(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 def run_trl(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     out = directory / "trl.json"
-    ours_alone = ("contender", "out", "without_trl")
+    ours_alone = ("contender", "out", "without_trl", "moe")
     own = [f"--{k}={v}" for k, v in vars(options).items() if k not in ours_alone and v is not None]
     peak, _ = measured(
         [sys.executable, "-m", "scripts.bench", *own, "--contender", "trl", "--out", str(out)], options.threads
@@ -179,7 +180,9 @@ def matmul_rate(options: argparse.Namespace) -> float:
     return 2 * rows * SHAPE["hidden_size"] * SHAPE["intermediate_size"] / statistics.median(seconds[1:])
 
 
-def summarise(ours: list[dict[str, Any]], trl: list[dict[str, Any]], rates: list[float]) -> dict[str, Any]:
+def summarise(
+    ours: list[dict[str, Any]], moe: list[dict[str, Any]], trl: list[dict[str, Any]], rates: list[float]
+) -> dict[str, Any]:
     """Medians over all counted steps of all rounds."""
     from model.decoder import Decoder, DecoderConfig
 
@@ -202,6 +205,9 @@ def summarise(ours: list[dict[str, Any]], trl: list[dict[str, Any]], rates: list
         "packing_efficiency": ours[0]["packing_efficiency"],
         "peak_bytes": max(run["peak_bytes"] for run in ours),
     }
+    if moe:
+        result["moe_tokens_per_second"] = median(moe, "tokens_per_second")
+        result["moe_seconds_to_dense"] = speed / result["moe_tokens_per_second"]
     if trl:
         result["trl_tokens_per_second"] = median(trl, "tokens_per_second")
         result["ratio_to_trl"] = speed / result["trl_tokens_per_second"]
@@ -217,20 +223,23 @@ def main() -> None:
     if options.data_path != "demo":
         options.data_path = str(Path(options.data_path).resolve())
     directory = Path(tempfile.mkdtemp(prefix="bench-"))
-    ours, trl, rates = [], [], []
+    ours, moe, trl, rates = [], [], [], []
     try:
         for number in range(1, options.rounds + 1):
             rates.append(matmul_rate(options))
             ours.append(run_ours(options, directory / "run"))
+            if options.moe:
+                moe.append(run_ours(options, directory / "moe", use_moe=1))
             rates.append(matmul_rate(options))
             if not options.without_trl:
                 trl.append(run_trl(options, directory))
             said = f"trainer {statistics.median(ours[-1]['tokens_per_second']):,.0f} tokens/s"
+            said += f", with experts {statistics.median(moe[-1]['tokens_per_second']):,.0f}" if moe else ""
             said += f", TRL {statistics.median(trl[-1]['tokens_per_second']):,.0f}" if trl else ""
             print(f"round {number} of {options.rounds}: {said}", flush=True)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    result = {**summarise(ours, trl, rates), "options": vars(options)}
+    result = {**summarise(ours, moe, trl, rates), "options": vars(options)}
     Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
     for name, value in result.items():
         if name != "options":

@@ -224,7 +224,7 @@ def export(place: Place, options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(
         options.tokenizer or choose_tokenizer(settings["tokenizer"], from_weight), settings["chat_template"]
     )
-    shape = {name: settings[name] for name in SHAPE_FLAGS} if from_weight == NEW else {}
+    shape = {name: settings.get(name) for name in SHAPE_FLAGS} if from_weight == NEW else {}
     model = choose_model(from_weight, shape, 0.0, settings["seed"], len(tokenizer), empty=True)
     shards = open_shards(checkpoint, "model")
     expected = {name: tuple(tensor.shape) for name, tensor in named_weights(model).items()}

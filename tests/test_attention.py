@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from model.attention import document_attention, rotary_angles, rotate
+from model.attention import document_attention
+from model.rope import rotary_angles, rotate
 
 LENGTHS = [5, 1, 9, 2]
 BOUNDARIES = torch.tensor([0, 5, 6, 15, 17], dtype=torch.int32)

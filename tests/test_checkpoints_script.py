@@ -114,7 +114,8 @@ def test_a_damaged_version_is_passed_over_or_refused_when_it_is_named(run, capsy
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("Qwen2", {"tie_word_embeddings": True}),
+        ("Mistral", {"tie_word_embeddings": True}),
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
         ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
         (None, {}),
     ],

@@ -43,6 +43,7 @@ def test_all_problems_are_reported_at_once():
         (["--warmup_steps=5", "--warmup_ratio=.1"], "--warmup_steps and --warmup_ratio are both given: choose one"),
         (["--allow_change", "seed,weather"], "--allow_change weather: not one of " + ", ".join(ALLOWED_CHANGES)),
         (["stray"], "unexpected word 'stray'"),
+        (["--num_experts_per_tok", "2"], "--num_experts_per_tok needs --num_experts or --use_moe 1"),
         (["--config", "missing.yaml"], "--config missing.yaml: No such file or directory"),
     ],
 )  # fmt: skip
@@ -261,6 +262,12 @@ def test_a_saved_configuration_with_other_values_everywhere_reads_back_equal(tmp
     assert parse_config(["--config", str(saved)])[0] == config
     again, _ = parse_config(["--config", files(tmp_path, run="base: config.yaml\nwarmup_ratio: 0.5\n")])
     assert (again.warmup_steps, again.warmup_ratio, again.batch_size) == (0, 0.5, config.batch_size)
+
+
+def test_one_flag_makes_a_mixture_of_experts():
+    assert make_config({"use_moe": "1"}).shape == {"num_experts": 8}
+    assert make_config({"use_moe": "1", "num_experts": 4, "qk_norm": "1"}).shape == {"num_experts": 4, "qk_norm": True}
+    assert make_config({"qk_norm": "0"}).shape == {"qk_norm": False} and Config().shape == {}
 
 
 def test_a_configuration_that_was_never_touched_reads_back_equal(tmp_path):

@@ -74,6 +74,13 @@ def test_the_terms_are_those_written_out(temperature):
     assert torch.equal(sums["ce"], plain["ce"]) and torch.equal(sums["correct"], plain["correct"])
 
 
+def test_the_balance_of_a_student_with_experts_is_learnt_too():
+    student = tiny(num_experts=4).double()
+    sums = make_distillation_objective(teacher_of(), 0.7, 4.0)(student, BATCH)
+    assert sums.keys() == {"ce", "kd", "correct", "aux", "router_z", "max_expert_share"}
+    assert torch.equal(sums["aux"], make_sft_objective()(student, BATCH)["aux"])
+
+
 def test_a_teacher_who_is_the_student_teaches_nothing():
     student = tiny().double()
     objective = make_distillation_objective(copy.deepcopy(student), 0.7, 4.0)
@@ -186,11 +193,11 @@ def test_the_teacher_computes_in_its_own_type(dtype, low):
     assert sums["kd"].item() == pytest.approx(exact, rel=0.05)
 
 
-@pytest.mark.parametrize(("family", "changes"), [("Qwen2", {}), ("Gemma2", {"final_logit_softcapping": 5.0})])
+@pytest.mark.parametrize(("family", "changes"), [("Mistral", {}), ("Gemma2", {"final_logit_softcapping": 5.0})])
 def test_teacher_and_student_may_be_models_of_transformers(tmp_path, family, changes):
     foreign(tmp_path / "model", family, **changes)
     network = load_model(tmp_path / "model").double()
-    assert network._plain_head == (family == "Qwen2"), "with a head, and with more than a head"
+    assert network._plain_head == (family == "Mistral"), "with a head, and with more than a head"
     for student, teacher in ((tiny().double(), network), (network, tiny().double())):
         kd = make_distillation_objective(teacher, 0.7, 2.0)(student, BATCH)["kd"]
         own, wanted = ((logits_of(each, BATCH) / 2).log_softmax(-1) for each in (student, teacher))

@@ -206,11 +206,11 @@ def foreign(directory, family, **changes):
 
 FAMILIES = [
     ("Llama", {"attention_bias": True}),
-    ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}}),
-    ("Qwen2", {"tie_word_embeddings": True}),
+    ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}}),
+    ("Mistral", {"tie_word_embeddings": True}),
     ("Mistral", {"sliding_window": 4}),
     ("Gemma2", {"sliding_window": 4}),
-    ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 ]
 
 
@@ -232,13 +232,13 @@ def test_other_families_keep_documents_apart_and_their_own_names(tmp_path, famil
         torch.testing.assert_close(logits, alone, rtol=0, atol=1e-4)
     touched = logits_of(loaded, pack([tokens(12, 9), *documents[1:]])).split([11, 1, 29])
     # The experts of a mixture multiply as many rows as they are sent, and rounding depends on that number.
-    tolerance = 1e-5 if "Moe" in family else 0.0
+    tolerance = 1e-5 if family == "Mixtral" else 0.0
     differences = [(a - b).abs().max().item() for a, b in zip(packed, touched, strict=True)]
     assert differences[0] > 0.1 and max(differences[1:]) <= tolerance
 
 
 def test_every_parameter_of_another_family_is_trained_and_a_filler_trains_none(tmp_path):
-    foreign(tmp_path / "model", "Qwen2")
+    foreign(tmp_path / "model", "Mistral")
     loaded = load_model(tmp_path / "model").train()
     sft_objective(loaded, FILLER)["ce"].backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in loaded.parameters())
@@ -253,6 +253,35 @@ def test_every_parameter_of_another_family_is_trained_and_a_filler_trains_none(t
         torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-5)
 
 
+def test_another_family_of_experts_is_balanced_too(tmp_path, caplog):
+    """The logits come from hooks, which a layer that is computed again must not fill twice."""
+    shape = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 16}
+    foreign(tmp_path / "model", "Qwen3Moe", **shape)
+    ours = load_model(tmp_path / "model")
+    theirs = HFCausalLM.from_pretrained(tmp_path / "model")
+    assert isinstance(ours, Decoder) and ours.term_weights == theirs.term_weights == {"aux": 0.01, "router_z": 0.0}
+    theirs.enable_gradient_checkpointing()
+    batch, gradients = pack([tokens(12, 1), tokens(30, 2)]), []
+    for network in (ours, theirs):
+        sums = sft_objective(network.train(), batch)
+        (sums["aux"] + sums["router_z"]).backward()
+        routers = [p.grad for name, p in network.named_parameters() if name.endswith("mlp.gate.weight")]
+        gradients.append([sums["aux"], sums["router_z"], sums["max_expert_share"], *routers])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert len(gradients[0]) == 5 and not caplog.text
+
+
+def test_a_family_that_balances_otherwise_is_told_of(tmp_path, caplog):
+    shape = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 0}
+    shape |= {"n_group": 1, "topk_group": 1, "num_key_value_heads": 4}
+    foreign(tmp_path / "model", "Glm4Moe", **shape)
+    with caplog.at_level("WARNING", logger="train"):
+        network = HFCausalLM.from_pretrained(tmp_path / "model")
+    assert "Glm4MoeForCausalLM: the balance of its experts is not trained" in caplog.text
+    assert network.term_weights == {}
+
+
 @pytest.mark.parametrize(("family", "changes"), [("Bloom", {"n_head": 4, "n_layer": 2}), ("Mamba", {"state_size": 4})])
 def test_families_that_mix_documents_are_refused(tmp_path, family, changes):
     foreign(tmp_path / "model", family, **changes)
@@ -261,7 +290,7 @@ def test_families_that_mix_documents_are_refused(tmp_path, family, changes):
 
 
 def test_weights_that_transformers_would_make_up_are_refused(tmp_path):
-    foreign(tmp_path / "model", "Qwen2")
+    foreign(tmp_path / "model", "Mistral")
     stored = load_file(tmp_path / "model" / "model.safetensors")
     del stored["model.layers.0.mlp.up_proj.weight"]
     save_file(stored, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
@@ -279,7 +308,7 @@ def test_a_place_without_a_model_is_named(tmp_path):
 def test_another_family_is_exported_for_old_and_new_readers(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    foreign(tmp_path / "model", "Qwen2", rope_parameters={"rope_type": "linear", "rope_theta": 77.0, "factor": 3.0})
+    foreign(tmp_path / "model", "Mistral", rope_parameters={"rope_type": "linear", "rope_theta": 77.0, "factor": 3.0})
     loaded = load_model(tmp_path / "model")
     export_model(tmp_path / "final", loaded, TOKENIZER, dtype=torch.bfloat16)
     config = read(tmp_path / "final" / "config.json")

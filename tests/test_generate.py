@@ -7,7 +7,7 @@ from model.export import export_model
 from model.generate import Sampling, choose, generate, generate_stream
 from model.loading import HFCausalLM
 from tests.test_export import TOKENIZER
-from tests.tiny_model import tiny, tokens
+from tests.tiny_model import logits_of, pack, tiny, tokens
 
 PROMPTS = [tokens(length, seed).tolist() for seed, length in enumerate((3, 11, 1, 6, 20))]
 NO_END: list[int] = []
@@ -107,6 +107,24 @@ def test_models_of_transformers_answer_alike(decoder, exported, sampling):
     expected = generate(decoder, PROMPTS, max_new_tokens=12, eos_token_ids=ends, sampling=sampling)
     assert generate(foreign, PROMPTS, max_new_tokens=12, eos_token_ids=ends, sampling=sampling) == expected
     assert foreign.inner.config._attn_implementation == "documents"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"num_experts": 4}, {"num_experts": 4, "shared_expert_intermediate_size": 24, "qkv_bias": True},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}, "qk_norm": True},
+    ],
+)  # fmt: skip
+def test_every_option_of_the_decoder_answers_as_it_would_without_a_cache(tmp_path, shape):
+    varied = tiny(**shape)
+    answers = generate(varied, PROMPTS, max_new_tokens=12, eos_token_ids=NO_END)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        text = torch.tensor([*prompt, *answer, 0])
+        assert logits_of(varied, pack([text])).argmax(-1).tolist()[len(prompt) - 1 : -1] == answer
+    export_model(tmp_path / "final", varied, TOKENIZER)
+    foreign = HFCausalLM.from_pretrained(tmp_path / "final")
+    assert generate(foreign, PROMPTS, max_new_tokens=12, eos_token_ids=NO_END) == answers
 
 
 def test_nothing_to_do_and_impossible_wishes(decoder):

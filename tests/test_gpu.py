@@ -35,6 +35,30 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, rows, dtype,
     assert result_of(tmp_path / "other")["final"] != result_of(tmp_path / "whole")["final"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mixture_of_experts_ends_with_the_same_bits(tmp_path, rows, dtype):
+    flags = {**WIDER, "data_path": str(rows), "dtype": dtype, "deterministic": True, "use_moe": True}
+    assert train(1, tmp_path / "whole", **flags) == [0], log_of(tmp_path / "whole")
+    cut = resume_from(tmp_path / "whole", 5, tmp_path / "cut")
+    assert train(1, cut, from_resume="1", **flags) == [0], log_of(cut)
+    assert result_of(cut) == result_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_do_not_carry_bits_from_document_to_document(dtype):
+    from tests.tiny_model import logits_of, pack, tiny, tokens
+
+    decoder = tiny(num_experts=8, moe_intermediate_size=832, hidden_size=64).to("cuda", dtype)
+    lengths, results = [3, 31, 7, 300], []
+    for seed in range(6):
+        batch = pack([tokens(length, seed if i == 1 else i) for i, length in enumerate(lengths)])
+        batch = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        results.append(logits_of(decoder, batch).split([length - 1 for length in lengths]))
+    for result in results[1:]:
+        same = [torch.equal(a, b) for a, b in zip(results[0], result, strict=True)]
+        assert same == [True, False, True, True]
+
+
 def test_a_gpu_run_goes_on_from_a_cpu_checkpoint(tmp_path, rows):
     flags = {**WIDER, "data_path": str(rows), "dtype": "float32"}
     assert train(1, tmp_path / "cpu", **flags | {"device": "cpu"}) == [0]

@@ -376,7 +376,7 @@ def test_ranks_share_the_penalty_under_ddp_and_fsdp_refuses_it():
 
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-FAMILIES = [("Qwen2", {}), ("Gemma2", {"sliding_window": 4}), ("GPT2", NO_DROPOUT)]
+FAMILIES = [("Qwen2", {}), ("Mistral", {}), ("Gemma2", {"sliding_window": 4}), ("GPT2", NO_DROPOUT)]
 
 
 @pytest.mark.parametrize(("family", "changes"), FAMILIES)

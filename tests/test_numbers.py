@@ -34,7 +34,10 @@ def mean_of_means(model, batch):
     return {"ce": terms["ce"] / max(len(batch["targets"]), 1) * sum(COUNTS) / len(COUNTS)}
 
 
-def learner_of(processes, objective=None, **strategy):
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+
+
+def learner_of(processes, objective=None, shape=(), **strategy):
     """A float64 model with its optimizer, spread over the processes."""
     from model.decoder import DecoderConfig
     from model.loading import build_model
@@ -46,17 +49,18 @@ def learner_of(processes, objective=None, **strategy):
 
     objective = objective or sft_objective
     config = DecoderConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        **dict(shape),
+    )  # fmt: skip
     model = build_model(config, seed=0).double().train()
     (filler,) = batches_of([-1], 1)
-    parallel = parallelize(model, processes, Strategy(**strategy), lambda m: sft_objective(m, filler)["ce"])
+    parallel = parallelize(model, processes, Strategy(**strategy), lambda m: sum(sft_objective(m, filler).values()))
     optimizer = make_optimizer(model, Config(learning_rate=0.01, weight_decay=0.1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     return Learner(parallel, optimizer, scaler, objective, processes, torch.float32, 1.0, 0, objective)
 
 
-def weights_after(rank, answer, split, wrong, strategy):
+def weights_after(rank, answer, split, wrong, shape, strategy):
     """Five float64 AdamW steps over the rows of COUNTS; `split` = (rows of each rank, rows per micro-batch)."""
     from torch.distributed.tensor import DTensor
 
@@ -65,7 +69,7 @@ def weights_after(rank, answer, split, wrong, strategy):
     from training.state import LoopState
 
     processes = start_processes(torch.device("cpu"), 30)
-    learner = learner_of(processes, mean_of_means if wrong else None, **strategy)
+    learner = learner_of(processes, mean_of_means if wrong else None, shape, **strategy)
     rows, batch_size = split
     norms = [
         train_step(learner, batches_of(rows[rank], batch_size), step, 0.01, {}, sum(COUNTS), LoopState())[0]
@@ -78,8 +82,8 @@ def weights_after(rank, answer, split, wrong, strategy):
     close_processes(processes)
 
 
-def outcome(rows: list[list[int]], batch_size: int, wrong: bool = False, **strategy):
-    ((norms, weights),) = answers_of(weights_after, len(rows), (rows, batch_size), wrong, strategy)
+def outcome(rows: list[list[int]], batch_size: int, wrong: bool = False, shape: dict | None = None, **strategy):
+    ((norms, weights),) = answers_of(weights_after, len(rows), (rows, batch_size), wrong, shape or {}, strategy)
     return norms, {name: torch.from_numpy(array) for name, array in weights.items()}
 
 
@@ -116,6 +120,22 @@ def test_sharding_gives_the_same_update(reference, name):
 
 def test_hybrid_sharding_gives_the_same_update(reference):
     assert largest_difference(outcome(*SPLITS["4 ranks, fillers"], name="fsdp", shard_size=2), reference) <= 1e-12
+
+
+@pytest.fixture(scope="module")
+def reference_of_experts():
+    return outcome([[0, 1, 2, 3, 4, 5]], 6, shape=EXPERTS)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_any_split_gives_the_same_update_of_experts(reference_of_experts, name):
+    """With the terms of the balance, each at its full weight."""
+    assert largest_difference(outcome(*SPLITS[name], shape=EXPERTS), reference_of_experts) <= 1e-12
+
+
+@pytest.mark.parametrize("name", [name for name in SPLITS if name[0] in "23"])
+def test_sharding_gives_the_same_update_of_experts(reference_of_experts, name):
+    assert largest_difference(outcome(*SPLITS[name], shape=EXPERTS, name="fsdp"), reference_of_experts) <= 1e-12
 
 
 def test_the_mean_of_means_would_be_seen(reference):

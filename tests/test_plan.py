@@ -55,6 +55,16 @@ def test_another_number_of_rows_per_step_changes_the_steps_that_are_left():
     assert plan_of(1, state=state, max_steps=6).total_steps == 6
 
 
+def test_terms_of_the_model_have_a_weight_until_a_stage_says_otherwise():
+    stages = [{"name": "a", "loss_weights": "aux=0.5"}, {"name": "b", "loss_weights": "z=1e-4"}]
+    config = make_config({"data_path": "x.jsonl", "stages": json.dumps(stages)})
+    plan = make_plan(
+        read_stages(config), lambda epoch: 3, [3, 3], LoopState(), term_weights={"aux": 0.01, "router_z": 0.0}
+    )
+    assert plan.loss_weights(1) == {"aux": 0.5, "router_z": 0.0, "z": 0.0}
+    assert plan.loss_weights(2) == {"aux": 0.01, "router_z": 0.0, "z": 1e-4}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages
 

@@ -16,6 +16,7 @@ from tests.small_world import (
     TINY,
     KillAtCall,
     log_of,
+    records_of,
     result_of,
     resume_from,
     sign_again,
@@ -59,11 +60,26 @@ FSDP = [
     ],
 )
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, rows, world_size, dtype, accumulation, strategy):
+    kill_and_resume(tmp_path, rows, world_size, dtype, accumulation, strategy)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "dtype", "accumulation", "strategy"),
+    [(1, "bfloat16", 1, "ddp"), (2, "float32", 3, "ddp"), (3, "float32", 1, "ddp"), (3, "bfloat16", 1, "fsdp")],
+)
+def test_a_mixture_of_experts_ends_with_the_same_bits(tmp_path, rows, world_size, dtype, accumulation, strategy):
+    shape = {"use_moe": True, "gradient_checkpointing": accumulation > 1}
+    kill_and_resume(tmp_path, rows, world_size, dtype, accumulation, strategy, **shape)
+    (log,) = records_of(tmp_path / "cut", "train")[-1:]
+    assert log["train/weight_aux"] == 0.01 and log["train/loss_aux"] > 1 and log["train/max_expert_share"] > 1 / 8
+
+
+def kill_and_resume(tmp_path, rows, world_size, dtype, accumulation, strategy, **more):
     if accumulation > 1:  # so that the checkpoint lies inside an epoch there too
         rows = write_rows(tmp_path / "rows.jsonl", 96)
     flags = {"data_path": str(rows), "val_data_path": str(rows), "dtype": dtype, "accumulation_steps": accumulation}
     flags |= {"save_interval": "2", "batch_size": 2 if world_size == 1 else 1, "epochs": 3 if accumulation == 1 else 2}
-    flags["strategy"] = strategy
+    flags |= {"strategy": strategy, **more}
     assert train(world_size, tmp_path / "whole", **flags) == [0] * world_size, log_of(tmp_path / "whole")
     kill = KillAtCall(call=3 * accumulation + 2, victim=world_size - 1)  # after three steps or four, one checkpoint
     codes = train(world_size, tmp_path / "cut", wrap_objective=kill, **flags)

@@ -314,6 +314,32 @@ def test_samples_beyond_the_positions_of_a_model_are_refused(tmp_path, rows, fin
     assert "the model knows 20 positions" in log_of(tmp_path / "run")
 
 
+def test_a_mixture_of_experts_is_trained_exported_and_trained_on(tmp_path, rows):
+    flags = {"data_path": str(rows), "val_data_path": str(rows), "max_steps": 3, "eval_samples": 2}
+    assert train(1, tmp_path / "new", **flags, use_moe=True) == [0], log_of(tmp_path / "new")
+    config = json.loads((tmp_path / "new" / "final" / "config.json").read_text())
+    assert config["model_type"] == "qwen3_moe" and (config["num_experts"], config["moe_intermediate_size"]) == (8, 16)
+    saved = yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())
+    assert (saved["num_experts"], saved["num_experts_per_tok"], saved["qk_norm"]) == (8, 2, True)
+    first, *_ = records_of(tmp_path / "new", "train")
+    assert first["train/weight_aux"] == 0.01 and first["train/loss_aux"] >= 1 and first["train/loss_router_z"] > 0
+    (evaluated, *_) = records_of(tmp_path / "new", "eval")
+    assert 1 / 8 <= evaluated["eval/max_expert_share"] <= 1 / 2
+
+    again = {**flags, "from_weight": str(tmp_path / "new"), "loss_weights": "aux=0.5, router_z=1e-3"}
+    again |= {"eval_at_start": True, "eval_samples": 0}
+    assert train(1, tmp_path / "more", **again, use_moe=True) == [0], log_of(tmp_path / "more")
+    assert records_of(tmp_path / "more", "train")[0]["train/weight_aux"] == 0.5
+    assert train(2, tmp_path / "shared", **again, strategy="fsdp") == [0, 0], log_of(tmp_path / "shared")
+    starts = [records_of(tmp_path / run, "eval")[0] for run in ("more", "shared")]
+    for name in ("eval/loss", "eval/loss_aux", "eval/loss_router_z"):
+        assert starts[0][name] == pytest.approx(starts[1][name], rel=1e-5) == pytest.approx(evaluated[name], rel=1e-5)
+    assert train(1, tmp_path / "other", **again, num_experts=4) == [2]
+    assert "--num_experts 4: " in log_of(tmp_path / "other") and "has 8" in log_of(tmp_path / "other")
+    assert train(1, tmp_path / "dense", **flags, loss_weights="aux=0.5") == [2]
+    assert "--loss_weights aux: the terms of this objective are ce" in log_of(tmp_path / "dense")
+
+
 def test_a_rehearsal_shows_everything_and_writes_nothing(tmp_path, rows):
     assert train(1, tmp_path / "run", data_path=str(rows), dry_run=True) == [0]
     log = log_of(tmp_path / "run")

@@ -34,7 +34,12 @@ LR_SCHEDULES = (
     "cosine", "linear", "constant", "cosine_restarts", "wsd", "polynomial", "step", "multistep", "exponential",
     "one_cycle", "mini_epoch",
 )  # fmt: skip
-SHAPE_FLAGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+EXPERT_FLAGS = ("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+SHAPE_FLAGS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "qk_norm",
+    "num_experts", *EXPERT_FLAGS,
+)  # fmt: skip
+PRESET_EXPERTS = 8  # of --use_moe; the model derives the rest
 
 INTERVAL = re.compile(r"[1-9]\d*(epoch)?")
 DATA_FLAGS = (
@@ -114,6 +119,12 @@ class Config:
     num_attention_heads: int | None = flag(None, "attention heads, default 8", group="model", minimum=1)
     num_key_value_heads: int | None = flag(None, "key/value heads, default half of the attention heads", group="model", minimum=1)
     intermediate_size: int | None = flag(None, "width of the MLP, default 3.25 x the hidden size, rounded up to 64", group="model", minimum=1)
+    qk_norm: bool | None = flag(None, "norm of each query and key head (Qwen3), default 0, and 1 for experts without a shared one", group="model")
+    use_moe: bool = flag(False, f"a mixture of {PRESET_EXPERTS} experts in place of each MLP, as many weights per token as without", group="model")
+    num_experts: int | None = flag(None, "experts of each layer (Qwen3-MoE; with a shared one Qwen2-MoE)", group="model", minimum=1)
+    num_experts_per_tok: int | None = flag(None, "experts that a token passes, default 2", group="model", minimum=1)
+    moe_intermediate_size: int | None = flag(None, "width of an expert, default so that those of a token are as wide as the MLP", group="model", minimum=1)
+    shared_expert_intermediate_size: int | None = flag(None, "width of an expert that every token passes besides", group="model", minimum=1)
     dropout: float = flag(0.0, "dropout probability while training", group="model", minimum=0, maximum=0.9)
     init: str = flag("fan_in", "how new weights are drawn (fan_in = LeCun et al. 1998, kaiming = He et al. 2015, xavier = Glorot & Bengio 2010)", group="model", choices=("fan_in", "normal", "kaiming", "xavier"))
 
@@ -158,7 +169,7 @@ class Config:
     adam_eps: float = flag(1e-8, "added to the root of the squared gradient mean", group="training", above=0)
     grad_clip: float = flag(1.0, "largest gradient norm, 0 = no clipping", group="training", minimum=0)
     label_smoothing: float = flag(0.0, "share of the target probability spread over the vocabulary", group="training", minimum=0, maximum=0.5)
-    loss_weights: str = flag("", "weights of loss terms: 'z=1e-4', 'ce=1, z=linear(start, end, start_epoch, end_epoch)', exponential(start, end, decay_rate), cosine(min, max, period)", group="training", mapping=True)
+    loss_weights: str = flag("", "weights of loss terms: 'z=1e-4', 'aux=0.01' and 'router_z=0' (experts; these are the defaults), 'ce=1, z=linear(start, end, start_epoch, end_epoch)', exponential(start, end, decay_rate), cosine(min, max, period)", group="training", mapping=True)
     neftune_alpha: float = flag(0.0, "uniform noise on the input embeddings (NEFTune, Jain et al. 2023), 5 is common", group="training", minimum=0)
     gradient_penalty: float = flag(0.0, "weight of the squared gradient of the loss by the input embeddings (term gp)", group="training", minimum=0)
     teacher: str | None = flag(None, "model to learn from: directory, finished run or Hub id (torchrun -m scripts.train_distillation)", group="distillation")
@@ -242,6 +253,9 @@ class Config:
             problems.append("--amsgrad belongs to --optimizer adam or adamw")
         if self.init != "fan_in" and self.from_weight != "none":
             problems.append(f"--init {self.init} draws new weights, and --from_weight {self.from_weight} has some")
+        if not (self.use_moe or self.num_experts) and self.from_weight == "none":
+            given = [name for name in EXPERT_FLAGS if getattr(self, name) is not None]
+            problems += [f"--{name} needs --num_experts or --use_moe 1" for name in given]
         needs_held_out = {
             "save_top_k": self.save_top_k, "early_stopping_patience": self.early_stopping_patience,
             "eval_samples": self.eval_samples,
@@ -289,7 +303,8 @@ class Config:
     @property
     def shape(self) -> dict[str, int]:
         """The shape flags that were given."""
-        return {name: getattr(self, name) for name in SHAPE_FLAGS if getattr(self, name) is not None}
+        preset = {"num_experts": PRESET_EXPERTS} if self.use_moe else {}
+        return preset | {name: getattr(self, name) for name in SHAPE_FLAGS if getattr(self, name) is not None}
 
     @property
     def data_options(self) -> dict[str, Any]:

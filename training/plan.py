@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -115,15 +115,18 @@ class Plan:
 
 
 def make_plan(
-    stages: Sequence[Stage], rows_of: Callable[[int], int], window_rows: Sequence[int], state: LoopState
-) -> Plan:
+    stages: Sequence[Stage], rows_of: Callable[[int], int], window_rows: Sequence[int], state: LoopState,
+    term_weights: Mapping[str, float] | None = None,
+) -> Plan:  # fmt: skip
     """The plan of a run at the position in `state`; `window_rows` holds the rows of a step for each stage.
+
+    `term_weights`: of terms that a stage does not name.
 
     Step and position agree unless the rows of a step have changed on the way, which only a run of one stage may do.
     Then `extra_steps` is the difference: a run counted in epochs has as many steps left as its rows need, and its
     learning rate goes on from the same share of them; a run counted in steps goes on counting.
     """
-    config, spans = stages[0].config, _lay_out(stages, rows_of, window_rows)
+    config, spans = stages[0].config, _lay_out(stages, rows_of, window_rows, term_weights or {})
     extra_steps = state.step - _steps_at(spans, rows_of, state.epoch, state.rows)
     if len(spans) > 1 and extra_steps:
         raise ValueError(
@@ -142,11 +145,15 @@ def make_plan(
     )  # fmt: skip
 
 
-def _lay_out(stages: Sequence[Stage], rows_of: Callable[[int], int], window_rows: Sequence[int]) -> list[Span]:
+def _lay_out(
+    stages: Sequence[Stage], rows_of: Callable[[int], int], window_rows: Sequence[int],
+    term_weights: Mapping[str, float],
+) -> list[Span]:  # fmt: skip
     """The stages one after the other."""
     weights = [_loss_weights(stage) for stage in stages]
     # What one stage weighs and another does not name counts for nothing there, but for the cross entropy.
     unnamed = {term: NOTHING for each in weights for term in each if term != "ce"}
+    unnamed |= {term: LossWeight("constant", {"value": weight}) for term, weight in term_weights.items()}
     spans, epoch, steps = list[Span](), 0, 0
     for stage, rows, own in zip(stages, window_rows, weights, strict=True):
         ends = list(accumulate(_steps(rows_of(epoch + n), rows) for n in range(stage.epochs)))

@@ -85,9 +85,12 @@ def check_terms(stages: Iterable[Stage]) -> None:
     for stage in stages:
         config = stage.config
         has = {"ce": True, "z": True, "gp": config.gradient_penalty > 0, "kd": config.teacher is not None}
+        has |= dict.fromkeys(
+            ("aux", "router_z"), bool(config.use_moe or config.num_experts or config.from_weight != "none")
+        )
         known = [term for term, there in has.items() if there]
         if unknown := [term for term in parse_loss_weights(config.loss_weights) if term not in known]:
-            hints = {"kd": "; kd needs --teacher", "gp": "; gp needs --gradient_penalty"}
+            hints = {"kd": "; kd needs --teacher", "gp": "; gp needs --gradient_penalty", "aux": "; aux needs experts"}
             raise ValueError(
                 f"--loss_weights {unknown[0]}: the terms are {', '.join(known)}{hints.get(unknown[0], '')}"
             )

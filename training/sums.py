@@ -49,8 +49,8 @@ def token_means(total: dict[str, int], prefix: str) -> dict[str, float]:
     """Means per supervised token under their metric names; NaN where a loss was not finite or nothing was counted."""
     count = total.get("supervised", 0)
     scale = math.nan if total.get("non_finite") or not count else 1.0 / (FIXED_POINT * count)
-    names = {"ce": f"{prefix}/loss", "correct": f"{prefix}/token_accuracy"}
-    return {names.get(n, f"{prefix}/loss_{n}"): value * scale for n, value in total.items() if n not in COUNTS}
+    names = {"ce": "loss", "correct": "token_accuracy", "max_expert_share": "max_expert_share"}
+    return {f"{prefix}/{names.get(n, f'loss_{n}')}": value * scale for n, value in total.items() if n not in COUNTS}
 
 
 def evaluation_means(total: dict[str, int], prefix: str) -> dict[str, float]:
