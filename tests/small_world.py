@@ -62,9 +62,10 @@ def run_ranks(target: Callable[..., None], world_size: int, args: tuple, timeout
 
     When a rank dies the others are ended, as torchrun would; so are all at the time limit, their stacks to stderr.
     """
-    port = free_port()
+    port, environment = free_port(), dict(os.environ)  # the server of forks has the one of its own start
     workers = [
-        FORKS.Process(target=_be_rank, args=(rank, world_size, port, target, args)) for rank in range(world_size)
+        FORKS.Process(target=_be_rank, args=(rank, world_size, port, environment, target, args))
+        for rank in range(world_size)
     ]
     for worker in workers:
         worker.start()
@@ -93,7 +94,10 @@ def answers_of(target: Callable[..., None], world_size: int, *args: Any) -> list
     return answers
 
 
-def _be_rank(rank: int, world_size: int, port: int, target: Callable[..., None], args: tuple) -> None:
+def _be_rank(
+    rank: int, world_size: int, port: int, environment: dict[str, str], target: Callable[..., None], args: tuple
+) -> None:
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TOKENIZERS_PARALLELISM="false")
     faulthandler.enable()

@@ -79,7 +79,7 @@ def test_a_run_that_never_trained_leaves_the_report_of_another_alone(done, tmp_p
     assert report_of(done) == before
 
 
-def test_a_preempted_run_is_gone_within_two_seconds_and_has_its_text(tmp_path):
+def test_a_preempted_run_is_gone_within_five_seconds_and_has_its_text(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
     save_dir = tmp_path / "run"
     process = FORKS.Process(target=be_alone, args=(free_port(), rows, save_dir))
@@ -91,7 +91,7 @@ def test_a_preempted_run_is_gone_within_two_seconds_and_has_its_text(tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     started = time.monotonic()
     process.join(30)
-    assert process.exitcode == 75 and time.monotonic() - started < 2.0
+    assert process.exitcode == 75 and time.monotonic() - started < 5.0
     assert "SIGTERM" in report_of(save_dir) and not plots_of(save_dir)
 
 
