@@ -337,7 +337,7 @@ def test_a_mixture_of_experts_is_trained_exported_and_trained_on(tmp_path, rows)
     assert train(1, tmp_path / "other", **again, num_experts=4) == [2]
     assert "--num_experts 4: " in log_of(tmp_path / "other") and "has 8" in log_of(tmp_path / "other")
     assert train(1, tmp_path / "dense", **flags, loss_weights="aux=0.5") == [2]
-    assert "--loss_weights aux: the terms of this objective are ce" in log_of(tmp_path / "dense")
+    assert "--loss_weights aux: the terms are ce, z; aux needs experts" in log_of(tmp_path / "dense")
 
 
 def test_a_rehearsal_shows_everything_and_writes_nothing(tmp_path, rows):
