@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,8 @@ def check_values(space: dict[str, dict[str, Any]], config: Config, words: list[s
 
 
 def given_flags(config: Config) -> dict[str, Any]:
-    """The flags that are not as they would be anyway; a table of stages by its full name."""
-    given = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    """The flags that every trial has; a table of stages by its full name."""
+    given = config.given
     if "stages" in given and not given["stages"].lstrip().startswith("["):
         given["stages"] = str(Path(given["stages"]).resolve())
     return given

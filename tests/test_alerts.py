@@ -7,6 +7,7 @@ import pytest
 from tests.small_world import log_of, records_of, result_of, resume_from, train
 from training.alerts import AlertBook, read_alerts
 from training.control import ALERT, STOP_REASONS, SignalFlags, Stopped, Wishes
+from training.metrics import read_records
 
 WILD = {"learning_rate": 10.0, "max_steps": 60, "save_interval": "20", "eval_interval": "500", "dropout": 0.0}
 
@@ -96,7 +97,7 @@ def book_of(tmp_path, records=(), step=0, whole_step=True, stops=False):
     metrics.write_text("".join(json.dumps(each) + "\n" for each in records))
     said = []
     book = AlertBook(tmp_path / "alerts.jsonl", stops=stops)
-    book.start(metrics, step, whole_step, 1000, said.append)
+    book.start(read_records(metrics), step, whole_step, 1000, said.append)
     return book, said
 
 

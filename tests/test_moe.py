@@ -8,7 +8,7 @@ from model.decoder import Decoder, DecoderConfig
 from model.loading import build_model
 from model.losses import make_sft_objective, sft_objective
 from model.moe import block_size, grouped_linear, lay_out, router_terms
-from tests.tiny_model import FILLER, SHAPE, logits_of, pack, tiny, tokens
+from tests.tiny_model import FILLER, SHAPE, logits_of, pack, slopes_of, tiny, tokens
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 SHARED = {**EXPERTS, "shared_expert_intermediate_size": 24}
@@ -108,18 +108,8 @@ def test_the_grouped_kernel_learns_the_same(monkeypatch):
 def test_gradients_agree_with_finite_differences(shape):
     decoder = tiny(num_hidden_layers=1, **shape).double()
     batch = pack(DOCUMENTS[:3], supervise=lambda position: position % 2 == 0)
-    learnt(sft_objective(decoder, batch)).backward()
-    numbers, step = torch.Generator().manual_seed(0), 1e-6
-    for name, parameter in decoder.named_parameters():
-        direction = torch.randn(parameter.shape, generator=numbers, dtype=torch.float64)
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter.add_(direction, alpha=sign * step)
-                values.append(learnt(sft_objective(decoder, batch)).item())
-                parameter.sub_(direction, alpha=sign * step)
-        slope = (parameter.grad * direction).sum().item()
-        assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-6), name
+    for name, slope, difference in slopes_of(decoder, lambda: learnt(sft_objective(decoder, batch)), step=1e-6):
+        assert slope == pytest.approx(difference, rel=1e-5, abs=1e-6), name
 
 
 def test_gradients_of_gradients_agree_with_finite_differences():

@@ -58,3 +58,18 @@ def logits_of(model: nn.Module, batch: dict) -> Tensor:
 
     model(batch, collect)
     return torch.cat(chunks)
+
+
+def slopes_of(model, loss, step):
+    """For each parameter its name, the slope of loss() in a random direction by its gradient, and by a difference."""
+    loss().backward()
+    numbers = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        direction = torch.randn(parameter.shape, generator=numbers, dtype=torch.float64)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=sign * step)
+                values.append(loss().item())
+                parameter.sub_(direction, alpha=sign * step)
+        yield name, (parameter.grad * direction).sum().item(), (values[0] - values[1]) / (2 * step)

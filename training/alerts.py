@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from training.diagnosis import ERROR, Alert, History, kind_of
-from training.metrics import MetricsLog, read_records
+from training.metrics import MetricsLog, Record, read_records
 
 logger = logging.getLogger("train")
 
@@ -34,12 +34,11 @@ class AlertBook:
         self._fired: dict[str, int] = {}  # when a rule found something last, in records of its kind
 
     def start(
-        self, metrics_path: Path, step: int, whole_step: bool, total_steps: int, say: Callable[[str], None]
+        self, records: Sequence[Record], step: int, whole_step: bool, total_steps: int, say: Callable[[str], None]
     ) -> None:
-        """Cut the alerts back as the metrics were, and find out from those which rules have just spoken."""
+        """Cut the alerts back as the metrics were, and find out from their records which rules have just spoken."""
         self.log_file.start(step, whole_step)
         self.history, self._say = History(self.grad_clip, total_steps), say
-        records = read_records(metrics_path)
         left = Counter(map(kind_of, records))
         for record in records:
             kind = kind_of(record)

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -301,6 +302,12 @@ class Config:
         return self.save_top_k or int(self.early_stopping_patience is not None)
 
     @property
+    def given(self) -> dict[str, Any]:
+        """The flags that are not as they would be anyway."""
+        found = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
+        return {name: value for name, value, default in found if value != default}
+
+    @property
     def shape(self) -> dict[str, int]:
         """The shape flags that were given."""
         preset = {"num_experts": PRESET_EXPERTS} if self.use_moe else {}
@@ -399,9 +406,14 @@ def _field_problems(f: dataclasses.Field[Any], value: Any) -> list[str]:
     return []
 
 
+def did_you_mean(name: str, known: Iterable[str], dashes: str = "") -> str:
+    """The nearest known name in brackets, nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {dashes}{near[0]}?)" if near else ""
+
+
 def unknown_flag(name: str) -> str:
-    near = difflib.get_close_matches(name, field_types(), n=1)
-    return f"unknown flag --{name}" + (f" (did you mean --{near[0]}?)" if near else "")
+    return f"unknown flag --{name}{did_you_mean(name, field_types(), '--')}"
 
 
 def make_config(values: dict[str, Any]) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -45,7 +44,7 @@ def identity_of(
 
 def _said(config: Config, names: Iterable[str]) -> str:
     """The flags that are not as they would be anyway, and the first of them always."""
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    given = config.given
     first, *more = names
-    said = [first, *(name for name in more if getattr(config, name) != defaults[name])]
+    said = [first, *(name for name in more if name in given)]
     return ", ".join(f"{name} {getattr(config, name)}" for name in said)

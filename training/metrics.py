@@ -49,8 +49,10 @@ class MetricsLog:
         """Add what `start` will make sinks of, from the records that it keeps."""
         self._makers += makers
 
-    def start(self, step: int, whole_step: bool = True) -> None:
+    def start(self, step: int, whole_step: bool = True) -> list[Record]:
         """Keep the records up to `step`, so that no step stands twice after a resume; from step 0 on, none.
+
+        Returns what is kept.
 
         Unless the `whole_step` was finished, of its records only the one of the update is kept. Those of a run that
         has left no checkpoint are set aside. Then the sinks start; one that cannot is reported and left out.
@@ -73,6 +75,7 @@ class MetricsLog:
                 self.sinks.append(make_sink(kept))
             except Exception as error:
                 logger.warning("a sink cannot start, its metrics go to %s only: %s", self.path.name, error)
+        return kept
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         record = strict({"step": step, "time": time.time(), "kind": kind, **values})
@@ -121,10 +124,13 @@ def read_records(path: Path) -> list[Record]:
 
 def records_in(lines: bytes) -> list[Record]:
     """`read_records` of a part of the file."""
-    records = []
-    for line in lines.split(b"\n"):
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("kind"), str):
-                records.append(record)
-    return records
+    return [record for record in map(record_of, lines.split(b"\n")) if record is not None]
+
+
+def record_of(line: bytes) -> Record | None:
+    """The record in a line; None where it is cut short, too deep, or has no step or kind."""
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        if isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("kind"), str):
+            return record
+    return None

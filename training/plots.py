@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,15 @@ class Curves:
     monitor_mode: str = "min"
     grad_clip: float = 0.0
 
+    @cached_property
+    def by_kind(self) -> dict[str, list[dict[str, Any]]]:
+        found = defaultdict(list)
+        for record in self.records:
+            found[record["kind"]].append(record)
+        return found
+
     def of(self, kind: str) -> list[dict[str, Any]]:
-        return [record for record in self.records if record["kind"] == kind]
+        return self.by_kind.get(kind, [])
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [record for record in self.of("event") if record.get("event") == name]

@@ -17,7 +17,7 @@ from typing import Any
 from training.alerts import AlertBook
 from training.config import Config
 from training.control import ALERT
-from training.metrics import MetricsLog, read_records, strict
+from training.metrics import MetricsLog, strict
 from training.observe import duration
 from training.plan import Plan
 from training.report import ReportEvery
@@ -175,15 +175,12 @@ class RunRecords:
     def running(self, state: LoopState, plan: Plan) -> Iterator[None]:
         """Cut the records back to the step that the run starts from; say so when the block ends with an error."""
         if self.is_main:
-            self.metrics.start(state.step, whole_step=not state.unfinished)
-            evaluations = [r for r in read_records(self.metrics.path) if r["kind"] == "eval"]
-            for last in evaluations[-1:]:
+            records = self.metrics.start(state.step, whole_step=not state.unfinished)
+            for last in [record for record in records if record["kind"] == "eval"][-1:]:
                 self.last_eval = {key: value for key, value in last.items() if key.startswith("eval/")}
                 self._last_eval_step = last["step"]
             self.progress = Progress(plan.total_steps, state.step)
-            self.alerts.start(
-                self.metrics.path, state.step, not state.unfinished, plan.total_steps, self.progress.line
-            )  # fmt: skip
+            self.alerts.start(records, state.step, not state.unfinished, plan.total_steps, self.progress.line)
             before = self.state_file.read().get("seconds") if state.step else None
             self._began = time.monotonic() - (before if isinstance(before, (int, float)) else 0.0)
             self._position = lambda: {  # asked for whenever something is said, so that it is never an old one

@@ -7,14 +7,13 @@ mini-epochs is a row with `repeats` and `mini_epochs`; both together are epochs 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.config import ALTERNATIVES, Config, ConfigError, make_config, overlay
+from training.config import ALTERNATIVES, Config, ConfigError, did_you_mean, make_config, overlay
 from training.weights import parse_loss_weights
 from training.yaml_files import parse_yaml
 
@@ -48,6 +47,7 @@ def read_stages(config: Config) -> list[Stage]:
     if config.stages is None:
         return [Stage("train", "", 1, config.epochs, config)]
     place, rows = _rows_of(config.stages)
+    plain = dataclasses.replace(config, stages=None)
     stages: list[Stage] = []
     names: set[str] = set()
     problems: list[str] = []
@@ -63,7 +63,8 @@ def read_stages(config: Config) -> list[Stage]:
         problems += [f"{where}: {key} {counts[key]} is no whole number from 1" for key in wrong]
         flags = {key: value for key, value in row.items() if key not in OWN_KEYS}
         foreign = [key for key in flags if key not in STAGE_FLAGS]
-        problems += [f"{where}: {_not_a_key(str(key))}" for key in foreign]
+        known = (*OWN_KEYS, *STAGE_FLAGS)
+        problems += [f"{where}: {key}{did_you_mean(str(key), known)} is none of {', '.join(known)}" for key in foreign]
         if name in names:
             problems.append(f"{where}: the name is given twice")
         names.add(name)
@@ -71,7 +72,7 @@ def read_stages(config: Config) -> list[Stage]:
             counts = dict.fromkeys(counts, 1) if wrong else counts
             epochs = counts["repeats"] * counts["mini_epochs"]
             given = {key: value for key, value in flags.items() if key not in foreign}
-            merged = make_config(overlay(_given(config), {**given, "epochs": epochs}))
+            merged = make_config(overlay(plain.given, {**given, "epochs": epochs}))
             stages.append(Stage(name, str(row.get("description") or ""), config=merged, **counts))
         except ConfigError as error:
             problems += [f"{where}: {problem}" for problem in error.problems]
@@ -153,18 +154,6 @@ def stages_as_text(stages: list[Stage], first: Config) -> str:
             **{name: value for name, value in own.items() if name in told},
         })  # fmt: skip
     return json.dumps(rows, ensure_ascii=False)  # YAML, which reads it, knows no surrogates
-
-
-def _not_a_key(key: str) -> str:
-    near = difflib.get_close_matches(key, (*OWN_KEYS, *STAGE_FLAGS), n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"{key}{hint} is none of {', '.join((*OWN_KEYS, *STAGE_FLAGS))}"
-
-
-def _given(config: Config) -> dict[str, Any]:
-    """What of the configuration of a run a row may build on: all that is not as it would be anyway."""
-    given = [f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
-    return {f.name: getattr(config, f.name) for f in given if f.name != "stages"}
 
 
 def _rows_of(text: str) -> tuple[str, list[Any]]:

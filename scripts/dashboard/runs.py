@@ -22,6 +22,7 @@ import psutil
 
 from training.config import Config, ConfigError, make_config
 from training.control import RESUME, STOP
+from training.metrics import record_of
 from training.observe import UNDER_WAY, RunState, is_held, run_state
 from training.yaml_files import parse_yaml
 
@@ -192,9 +193,9 @@ def is_in_the_way(run_dir: Path, state: RunState) -> bool:
     return state.status in BUSY and (state.is_here or is_held(run_dir))
 
 
-def state_for_page(run_dir: Path) -> dict[str, Any]:
-    """The state for the page and REST."""
-    said: dict[str, Any] = clean(asdict(state_of(run_dir)))
+def state_for_page(run_dir: Path, state: RunState | None = None) -> dict[str, Any]:
+    """The state for the page and REST; `state` where it has just been looked at."""
+    said: dict[str, Any] = clean(asdict(state or state_of(run_dir)))
     if launch := launch_of(run_dir):
         said["processes"] = launch.get("processes")
     return said
@@ -264,16 +265,8 @@ def last_of_kind(file: IO[bytes], kind: str, begin: int, end: int) -> dict[str, 
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """A record of metrics.jsonl; what is none (cut short by a crash, too long, without step or kind) is nothing."""
-    if not line or len(line) > MAX_JSON_BYTES:
-        return None
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("kind"), str):
-        return record
-    return None
+    """A record of metrics.jsonl; what is none, or too long for one, is nothing."""
+    return record_of(line) if len(line) <= MAX_JSON_BYTES else None
 
 
 def sparkline(run_dir: Path) -> list[list[float]]:
@@ -315,7 +308,10 @@ def summary(run_dir: Path) -> dict[str, Any]:
 
 def progress(run_dir: Path) -> dict[str, Any]:
     """Where a run stands, in numbers."""
-    state, last = state_of(run_dir), last_records(run_dir)
+    return _progress(run_dir, state_of(run_dir), last_records(run_dir))
+
+
+def _progress(run_dir: Path, state: RunState, last: dict[str, dict[str, Any]]) -> dict[str, Any]:
     train, evaluation = last.get("train", {}), last.get("eval", {})
     running = state.status in ("running", "pausing", "paused")
     found = {
@@ -350,10 +346,11 @@ def elapsed_seconds(state: RunState) -> float | None:
 
 def details(run_dir: Path) -> dict[str, Any]:
     """All that is known of a run but its series."""
+    state, last = state_of(run_dir), last_records(run_dir)
     return {
-        **progress(run_dir),
-        "state": state_for_page(run_dir),
-        "last": clean(last_records(run_dir)),
+        **_progress(run_dir, state, last),
+        "state": state_for_page(run_dir, state),
+        "last": clean(last),
         "environment": read_json(run_dir, "environment.json"),
         "data_report": read_json(run_dir, "data_report.json"),
         "checkpoints": checkpoints(run_dir),
