@@ -43,6 +43,7 @@ from dataset.reader import DataError, UnsafeDataError
 from dataset.rows import FILLER, PackedRows, collate
 from model.card import model_card
 from model.choose import (
+    ModelRequest,
     check_positions,
     choose_model,
     choose_tokenizer,
@@ -51,7 +52,6 @@ from model.choose import (
     load_tokenizer,
     shape_of,
     sizes_of,
-    weights_source,
 )
 from model.export import export_model
 from model.generate import generate
@@ -432,8 +432,8 @@ def run_job(
     keeps_records = rank == 0 and not config.dry_run
 
     # 1. Data, before the process group exists, whose timeout tokenising would outlast
-    from_weight = weights_source(config.from_weight)
-    tokenizer_source = choose_tokenizer(config.tokenizer, from_weight)
+    wanted = ModelRequest(**config.model_request)
+    tokenizer_source = choose_tokenizer(config.tokenizer, wanted.from_weight)
     tokenizer = load_tokenizer(tokenizer_source, config.chat_template)
     stages = read_stages(config)
     if objective is None or config.teacher:
@@ -441,7 +441,7 @@ def run_job(
     for line in idle_flags(stages):
         logger.warning("%s", line)
     if rank == 0 and not config.skip_checks:
-        check_start(config, sizes_of(from_weight, config.shape, len(tokenizer)), world_size)
+        check_start(config, sizes_of(wanted, len(tokenizer)), world_size)
     data = load_data(
         config, stages, tokenizer, owner=local_rank == 0, echo=logger.info,
         rejects_file=save_dir / "rejects.jsonl" if keeps_records else None,
@@ -459,9 +459,7 @@ def run_job(
 
     # 3. Model
     sharded = config.strategy == "fsdp" and world_size > 1
-    model = choose_model(
-        from_weight, config.shape, config.dropout, config.seed, len(tokenizer), empty=sharded, init=config.init
-    )
+    model = choose_model(wanted, len(tokenizer), empty=sharded)
     check_positions(model, data.train.store.lengths, config.max_seq_len)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -486,7 +484,7 @@ def run_job(
     if sharded:
         with learner.autocast():
             tolerance = 1e-3 if dtype == torch.float32 else 0.05
-            fill_model(model, from_weight, config.seed, local_part, tolerance, init=config.init)
+            fill_model(model, wanted, local_part, tolerance)
 
     # 5. Resume
     store = CheckpointStore(

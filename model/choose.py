@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,30 @@ def load_tokenizer(source: str, chat_template: str | None = None) -> PreTrainedT
     return tokenizer
 
 
-def choose_model(
-    from_weight: str, shape: dict[str, int], dropout: float, seed: int, vocab_size: int, empty: bool = False,
-    init: str = "fan_in",
-) -> nn.Module:  # fmt: skip
+@dataclass
+class ModelRequest:
+    """Which model is wanted; a finished run as `from_weight` stands for its final/."""
+
+    from_weight: str = NEW
+    shape: dict[str, int] = field(default_factory=dict)
+    dropout: float = 0.0
+    seed: int = 0
+    init: str = "fan_in"
+
+    def __post_init__(self) -> None:
+        self.from_weight = weights_source(self.from_weight)
+
+
+def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False) -> nn.Module:
     """New weights of the wanted shape, or those of a directory or Hub id, which must then agree with the wanted shape.
 
     `empty`: on the meta device, for `fill_model` to fill where it has been sharded. Raises ValueError with every
     disagreement.
     """
+    from_weight, shape, dropout = request.from_weight, request.shape, request.dropout
     if from_weight == NEW:
         config = DecoderConfig(vocab_size=vocab_size, dropout=dropout, **shape)
-        return build_skeleton(config) if empty else build_model(config, seed, init)
+        return build_skeleton(config) if empty else build_model(config, request.seed, request.init)
     model = load_skeleton(from_weight, dropout) if empty else load_model(from_weight, dropout)
     if dropout and not isinstance(model, Decoder):
         raise ValueError(
@@ -79,17 +92,15 @@ def choose_model(
     return model
 
 
-def fill_model(
-    model: Any, from_weight: str, seed: int, part_of: PartOf, tolerance: float, init: str = "fan_in"
-) -> None:
+def fill_model(model: Any, request: ModelRequest, part_of: PartOf, tolerance: float) -> None:
     """Give an empty model the weights that `choose_model` would have, of each tensor the part that is held here.
 
     `tolerance` is that of `check_isolation`, larger where the model computes in half precision.
     """
-    if from_weight == NEW:
-        model.initialise(torch.Generator().manual_seed(seed), part_of, init)
+    if request.from_weight == NEW:
+        model.initialise(torch.Generator().manual_seed(request.seed), part_of, request.init)
         return
-    fill_from_files(model, from_weight, part_of)
+    fill_from_files(model, request.from_weight, part_of)
     if not isinstance(model, Decoder):
         check_isolation(model, tolerance)
 
@@ -112,12 +123,13 @@ def shape_of(model: Any, names: Iterable[str]) -> dict[str, int | None]:
     return {name: getattr(model.config, name, None) for name in names}
 
 
-def sizes_of(from_weight: str, shape: dict[str, int], vocab_size: int) -> dict[str, int] | None:
+def sizes_of(request: ModelRequest, vocab_size: int) -> dict[str, int] | None:
     """What a model's memory follows from, before any of its weights exist; None where that cannot be told here."""
-    if from_weight != NEW and not Path(from_weight).is_dir():
+    if request.from_weight != NEW and not Path(request.from_weight).is_dir():
         return None  # of the Hub, which is not asked for this
+    shape = request.shape if request.from_weight == NEW else {}
     try:
-        model = choose_model(from_weight, shape if from_weight == NEW else {}, 0.0, 0, vocab_size, empty=True)
+        model = choose_model(replace(request, shape=shape, dropout=0.0), vocab_size, empty=True)
     except (ValueError, OSError):  # whoever builds it for good says what is wrong
         return None
     names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")

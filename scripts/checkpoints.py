@@ -210,7 +210,7 @@ def export(place: Place, options: argparse.Namespace) -> int:
     import torch
 
     from model.card import model_card
-    from model.choose import NEW, choose_model, choose_tokenizer, load_tokenizer, weights_source
+    from model.choose import NEW, ModelRequest, choose_model, choose_tokenizer, load_tokenizer
     from model.export import export_model
     from trainer_utils import named_weights
 
@@ -220,19 +220,20 @@ def export(place: Place, options: argparse.Namespace) -> int:
         raise ValueError(f"{out} exists already: delete it, or name another directory with --out")
     manifest, state = read_manifest(checkpoint), read_trainer_state(checkpoint)
     settings = state["config"]
-    from_weight = weights_source(settings["from_weight"])
+    wanted = ModelRequest(settings["from_weight"])
     tokenizer = load_tokenizer(
-        options.tokenizer or choose_tokenizer(settings["tokenizer"], from_weight), settings["chat_template"]
+        options.tokenizer or choose_tokenizer(settings["tokenizer"], wanted.from_weight), settings["chat_template"]
     )
-    shape = {name: settings.get(name) for name in SHAPE_FLAGS} if from_weight == NEW else {}
-    model = choose_model(from_weight, shape, 0.0, settings["seed"], len(tokenizer), empty=True)
+    if wanted.from_weight == NEW:
+        wanted.shape = {name: settings.get(name) for name in SHAPE_FLAGS}
+    model = choose_model(wanted, len(tokenizer), empty=True)
     shards = open_shards(checkpoint, "model")
     expected = {name: tuple(tensor.shape) for name, tensor in named_weights(model).items()}
     for name in sorted({*expected, *shards.shapes}):
         there, here = shards.shapes.get(name), expected.get(name)
         if there != here:
             raise ValueError(
-                f"{checkpoint} does not fit the model of {from_weight}, which must have changed since: "
+                f"{checkpoint} does not fit the model of {wanted.from_weight}, which must have changed since: "
                 f"{name} is {there} there and {here} here"
             )
     ledger = place.run / "data_report.json"

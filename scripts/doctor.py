@@ -153,15 +153,15 @@ def check_nodes(save_dir: Path, nodes: int, answers: dict[int, float]) -> list[F
 
 
 def sizes_of_run(config: Config) -> tuple[Sizes | None, list[Finding]]:
-    from model.choose import choose_tokenizer, load_tokenizer, sizes_of, weights_source
+    from model.choose import ModelRequest, choose_tokenizer, load_tokenizer, sizes_of
 
     try:
-        from_weight = weights_source(config.from_weight)
-        if from_weight != "none" and not Path(from_weight).is_dir():
-            words = f"--from_weight {from_weight}: its size is known once it is downloaded"
+        wanted = ModelRequest(**config.model_request)
+        if wanted.from_weight != "none" and not Path(wanted.from_weight).is_dir():
+            words = f"--from_weight {wanted.from_weight}: its size is known once it is downloaded"
             return None, [Finding(OK, "model", words)]
-        tokenizer = load_tokenizer(choose_tokenizer(config.tokenizer, from_weight), config.chat_template)
-        sizes = sizes_of(from_weight, config.shape, len(tokenizer))
+        tokenizer = load_tokenizer(choose_tokenizer(config.tokenizer, wanted.from_weight), config.chat_template)
+        sizes = sizes_of(wanted, len(tokenizer))
     except (OSError, ValueError) as error:
         return None, [Finding(ERROR, "model", str(error), "see --from_weight, --tokenizer, --chat_template")]
     if sizes is None:

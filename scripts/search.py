@@ -30,8 +30,9 @@ import yaml
 from scripts.evaluate import positive
 from scripts.verify import kill
 from training.arguments import parse_config
-from training.config import ALTERNATIVES, Config, ConfigError, field_types, make_config, overlay, unknown_flag
+from training.config import ALTERNATIVES, Config, field_types, make_config, overlay, unknown_flag
 from training.figures import GREY, new_figure, save_figure
+from training.flags import ConfigError
 from training.metrics import read_records
 from training.yaml_files import parse_yaml
 

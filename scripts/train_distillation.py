@@ -35,7 +35,7 @@ def weights_of_terms(loss_weights: str, alpha: float | None) -> str:
 def distill(config: Config) -> dict[str, Any]:
     """`train_full_sft.run` with a teacher. Raises what that raises, and ValueError for a teacher that does not fit."""
     import train_full_sft
-    from model.choose import choose_model, choose_tokenizer, load_tokenizer, weights_source
+    from model.choose import ModelRequest, choose_model, choose_tokenizer, load_tokenizer, weights_source
     from model.distillation import check_teacher, fingerprint, make_distillation_objective
     from model.loading import load_model
     from trainer_utils import environment_rank
@@ -58,9 +58,9 @@ def distill(config: Config) -> dict[str, Any]:
         config = replace(config, stages=stages_as_text(rows, config))
     config = replace(config, loss_weights=weights_of_terms(config.loss_weights, config.alpha))
 
-    source, from_weight = weights_source(config.teacher), weights_source(config.from_weight)
-    tokenizer = load_tokenizer(choose_tokenizer(config.tokenizer, from_weight), config.chat_template)
-    student = choose_model(from_weight, config.shape, config.dropout, config.seed, len(tokenizer), empty=True)
+    source, wanted = weights_source(config.teacher), ModelRequest(**config.model_request)
+    tokenizer = load_tokenizer(choose_tokenizer(config.tokenizer, wanted.from_weight), config.chat_template)
+    student = choose_model(wanted, len(tokenizer), empty=True)
     teacher = load_model(source)
     check_teacher(student, teacher, tokenizer, load_tokenizer(source))
     known = getattr(teacher.config, "max_position_embeddings", None)

@@ -332,11 +332,11 @@ def save(bench: Bench) -> list[Finding]:
 
 def trained_model(run: Path, weights: dict[str, Any]) -> Any:
     """The decoder of a run with the weights of a checkpoint."""
-    from model.choose import NEW, choose_model
+    from model.choose import ModelRequest, choose_model
 
     settings = read_trainer_state(CheckpointStore(run / "checkpoints").path(_steps(run)))["config"]
     vocab_size = weights["model.embed_tokens.weight"].shape[0]
-    model = choose_model(NEW, {name: settings.get(name) for name in SHAPE_FLAGS}, 0.0, 0, vocab_size)
+    model = choose_model(ModelRequest(shape={name: settings.get(name) for name in SHAPE_FLAGS}), vocab_size)
     model.load_state_dict({**model.state_dict(), **weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
     return model
 

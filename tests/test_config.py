@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from training.arguments import parse_config, read_yaml
-from training.config import ALLOWED_CHANGES, Config, ConfigError, field_types, make_config
+from training.config import ALLOWED_CHANGES, Config, field_types, make_config
+from training.flags import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 

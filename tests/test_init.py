@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.choose import choose_model, fill_model
+from model.choose import ModelRequest, choose_model, fill_model
 from model.decoder import Decoder, DecoderConfig
 from model.export import export_model
 from model.loading import build_model
@@ -110,7 +110,8 @@ def test_the_numbers_are_those_of_torch(init, oracle):
 
 @pytest.mark.parametrize("init", INITS)
 def test_a_part_of_a_tensor_is_filled_with_that_part_of_the_whole(init):
-    whole = choose_model("none", {"hidden_size": 32, "num_hidden_layers": 2}, 0.0, 5, 97, init=init)
+    wanted = ModelRequest(shape={"hidden_size": 32, "num_hidden_layers": 2}, seed=5, init=init)
+    whole = choose_model(wanted, 97)
     for rank in range(2):
         model, parts = Decoder(whole.config), {}
 
@@ -120,7 +121,7 @@ def test_a_part_of_a_tensor_is_filled_with_that_part_of_the_whole(init):
             parts[parameter] = parameter.data[rows * rank : rows * (rank + 1)].zero_()
             return parts[parameter], (rows * rank, *(0,) * (parameter.dim() - 1))
 
-        fill_model(model, "none", 5, part_of, tolerance=0.0, init=init)
+        fill_model(model, wanted, part_of, tolerance=0.0)
         assert len(parts) == len(dict(model.named_parameters()))
         for own, other in zip(model.parameters(), whole.parameters(), strict=True):
             rows = -(-len(other) // 2)
@@ -133,6 +134,6 @@ def test_how_the_weights_were_drawn_is_no_part_of_the_exported_model(tmp_path):
     tokenizer = load_tokenizer(str(OWN_TOKENIZER))
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     for init in ("fan_in", "xavier"):
-        export_model(tmp_path / init, choose_model("none", shape, 0.0, 0, len(tokenizer), init=init), tokenizer)
+        export_model(tmp_path / init, choose_model(ModelRequest(shape=shape, init=init), len(tokenizer)), tokenizer)
     configs = [(tmp_path / init / "config.json").read_text() for init in ("fan_in", "xavier")]
     assert configs[0] == configs[1] and "xavier" not in configs[1]

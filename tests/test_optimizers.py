@@ -8,7 +8,8 @@ from model.losses import sft_objective
 from tests.small_world import log_of, resume_from, run_ranks, train, without_events
 from tests.tiny_model import SHAPE, pack, tokens
 from trainer_utils import Processes, blocks_to_write, load_checkpoint, named_optimizer_state, named_weights
-from training.config import Config, ConfigError, make_config
+from training.config import Config, make_config
+from training.flags import ConfigError
 from training.optimizers import make_optimizer
 from training.shards import ShardReader, write_shard
 

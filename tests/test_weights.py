@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from training.config import ConfigError, make_config
+from training.config import make_config
+from training.flags import ConfigError
 from training.weights import KINDS, LossWeight, parse_loss_weights
 
 

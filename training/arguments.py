@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from training.config import Config, ConfigError, field_types, make_config, overlay, unknown_flag
+from training.config import Config, field_types, make_config, overlay, unknown_flag
+from training.flags import ConfigError
 from training.yaml_files import read_yaml
 
 DEMO_CONFIG = "configs/demo.yaml"

@@ -7,15 +7,11 @@ who leaves. This module imports neither torch nor transformers: `--help` must be
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import math
-import re
 import typing
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from training.flags import INTERVAL, ConfigError, convert, did_you_mean, field_problems, flag
 from training.weights import parse_loss_weights
 
 ALLOWED_CHANGES = (
@@ -42,7 +38,6 @@ SHAPE_FLAGS = (
 )  # fmt: skip
 PRESET_EXPERTS = 8  # of --use_moe; the model derives the rest
 
-INTERVAL = re.compile(r"[1-9]\d*(epoch)?")
 DATA_FLAGS = (
     "prompt_field", "response_field", "system_field", "max_seq_len", "overlong", "bad_rows", "data_format", "train_on",
 )  # fmt: skip
@@ -59,27 +54,6 @@ ALTERNATIVES = (
 GIVES_WAY = {"stages": ("epochs", "max_steps")}  # a table counts its own epochs; what is given beside it is refused
 WHOLE_TENSORS = ("adafactor", "muon")  # optimizers whose update is not the same where a tensor is shared out
 LOADING_FLAGS = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
-
-
-class ConfigError(ValueError):
-    """Every problem of a configuration, one per line."""
-
-    def __init__(self, problems: list[str]):
-        self.problems = problems
-        super().__init__("\n".join(problems))
-
-
-def flag(
-    default: Any, help: str, *, group: str, choices: tuple[str, ...] = (), minimum: float | None = None,
-    maximum: float | None = None, above: float | None = None, interval: bool = False, mapping: bool = False,
-) -> Any:  # fmt: skip
-    """A dataclass field that is also a command line flag.
-
-    `above` is an exclusive lower bound; a text with `mapping` may stand in YAML as a mapping of names to values.
-    """
-    kinds = {"choices": choices, "interval": interval, "mapping": mapping}
-    bounds = {"minimum": minimum, "maximum": maximum, "above": above}
-    return field(default=default, metadata={"help": help, "group": group, **kinds, **bounds})
 
 
 @dataclass
@@ -220,7 +194,7 @@ class Config:
     # fmt: on
 
     def __post_init__(self) -> None:
-        problems = [p for f in dataclasses.fields(self) for p in _field_problems(f, getattr(self, f.name))]
+        problems = [p for f in dataclasses.fields(self) for p in field_problems(f, getattr(self, f.name))]
         problems += [] if problems else self._cross_problems()
         if problems:
             raise ConfigError(problems)
@@ -314,6 +288,12 @@ class Config:
         return preset | {name: getattr(self, name) for name in SHAPE_FLAGS if getattr(self, name) is not None}
 
     @property
+    def model_request(self) -> dict[str, Any]:
+        """Which model a run trains."""
+        names = ("from_weight", "dropout", "seed", "init")
+        return {**{name: getattr(self, name) for name in names}, "shape": self.shape}
+
+    @property
     def data_options(self) -> dict[str, Any]:
         """How a data file is read."""
         return {name: getattr(self, name) for name in DATA_FLAGS}
@@ -349,69 +329,6 @@ def field_types() -> dict[str, tuple[type, bool]]:
     return result
 
 
-def _convert(name: str, value: Any, plain: type, optional: bool, mapping: bool = False) -> Any:
-    """The value in the field's type; text from the command line and scalars from YAML alike. Raises ValueError."""
-    off = ("none", "0", 0) if name == "plot_interval" else ("none",)
-    if value is None or (optional and value in off):
-        if optional:
-            return None
-        raise ValueError(f"--{name} needs a value")
-    text = str(value).strip()
-    if plain is bool:
-        if text.lower() in ("1", "true", "yes"):
-            return True
-        if text.lower() in ("0", "false", "no"):
-            return False
-        raise ValueError(f"--{name} {value}: not 0 or 1")
-    if plain is str:
-        if name == "stages" and isinstance(value, list):
-            return json.dumps(value, ensure_ascii=False, default=str)
-        if isinstance(value, list) and all(type(item) in (str, int) for item in value):
-            value = [str(item) for item in value]
-            if torn := next((item for item in value if "," in item), None):
-                raise ValueError(f"--{name}: the comma in {torn!r} separates names, rename the file")
-            return ",".join(value)
-        if mapping and isinstance(value, dict):
-            return ", ".join(f"{key}={item}" for key, item in value.items())
-        if isinstance(value, (list, dict)):
-            raise ValueError(f"--{name} {value}: not a single value")
-        return str(int(value)) if isinstance(value, bool) else str(value)
-    try:
-        if plain is int and isinstance(value, str) and not re.fullmatch(r"[+-]?\d+", text):
-            raise ValueError
-        if isinstance(value, bool) or (isinstance(value, float) and plain is int and value != int(value)):
-            raise ValueError
-        return plain(value)
-    except (TypeError, ValueError, OverflowError):
-        kind = "a whole number" if plain is int else "a number"
-        raise ValueError(f"--{name} {value}: not {kind}") from None
-
-
-def _field_problems(f: dataclasses.Field[Any], value: Any) -> list[str]:
-    m = f.metadata
-    if value is None:
-        return []
-    if m["choices"] and value not in m["choices"]:
-        return [f"--{f.name} {value}: not one of {', '.join(m['choices'])}"]
-    if m["interval"] and not INTERVAL.fullmatch(value):
-        return [f"--{f.name} {value}: write N (steps) or Nepoch, N a whole number from 1"]
-    if isinstance(value, float) and not math.isfinite(value):
-        return [f"--{f.name} {value}: not a finite number"]
-    if m["minimum"] is not None and value < m["minimum"]:
-        return [f"--{f.name} {value}: must be at least {m['minimum']}"]
-    if m["above"] is not None and value <= m["above"]:
-        return [f"--{f.name} {value}: must be greater than {m['above']}"]
-    if m["maximum"] is not None and value > m["maximum"]:
-        return [f"--{f.name} {value}: must be at most {m['maximum']}"]
-    return []
-
-
-def did_you_mean(name: str, known: Iterable[str], dashes: str = "") -> str:
-    """The nearest known name in brackets, nothing where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {dashes}{near[0]}?)" if near else ""
-
-
 def unknown_flag(name: str) -> str:
     return f"unknown flag --{name}{did_you_mean(name, field_types(), '--')}"
 
@@ -426,7 +343,7 @@ def make_config(values: dict[str, Any]) -> Config:
             problems.append(unknown_flag(str(name)))
             continue
         try:
-            converted[name] = _convert(name, value, *types[name], mappings[name])
+            converted[name] = convert(name, value, *types[name], mappings[name])
         except ValueError as error:
             problems.append(str(error))
     try:

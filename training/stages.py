@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.config import ALTERNATIVES, Config, ConfigError, did_you_mean, make_config, overlay
+from training.config import ALTERNATIVES, Config, make_config, overlay
+from training.flags import ConfigError, did_you_mean
 from training.weights import parse_loss_weights
 from training.yaml_files import parse_yaml
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from training.config import ConfigError, overlay
+from training.config import overlay
+from training.flags import ConfigError
 
 BASE = "base"
 

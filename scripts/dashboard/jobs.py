@@ -37,8 +37,9 @@ from scripts.dashboard.runs import (
     threads_of,
 )
 from scripts.dashboard.system import read_gpus
-from training.config import ConfigError, field_types, make_config
+from training.config import field_types, make_config
 from training.files import replace_json
+from training.flags import ConfigError
 from training.observe import UNDER_WAY, WrongStateError, is_held
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -20,8 +20,9 @@ from typing import IO, Any
 
 import psutil
 
-from training.config import Config, ConfigError, make_config
+from training.config import Config, make_config
 from training.control import RESUME, STOP
+from training.flags import ConfigError
 from training.metrics import record_of
 from training.observe import UNDER_WAY, RunState, is_held, run_state
 from training.yaml_files import parse_yaml
