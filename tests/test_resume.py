@@ -41,7 +41,6 @@ MATRIX = [
     (4, "float32", 1),
     (4, "bfloat16", 3),
 ]
-LONG_LANE = [(1, "float16", 1), (2, "bfloat16", 1), (3, "float16", 1), (4, "bfloat16", 3)]
 FSDP = [
     (2, "float32", 3),
     (2, "bfloat16", 1),
@@ -49,12 +48,16 @@ FSDP = [
     (3, "float16", 3),
     (4, "float32", 1),
 ]
+LONG_LANE = {
+    "ddp": [(1, "float16", 1), (2, "bfloat16", 1), (3, "float16", 1), (4, "bfloat16", 3)],
+    "fsdp": [(2, "float32", 3), (3, "float16", 3)],
+}
 
 
 @pytest.mark.parametrize(
     ("world_size", "dtype", "accumulation", "strategy"),
     [
-        pytest.param(*row, strategy, marks=[pytest.mark.slow] if row in LONG_LANE else [])
+        pytest.param(*row, strategy, marks=[pytest.mark.slow] if row in LONG_LANE[strategy] else [])
         for strategy, table in (("ddp", MATRIX), ("fsdp", FSDP))
         for row in table
     ],
@@ -65,7 +68,12 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, rows, world_
 
 @pytest.mark.parametrize(
     ("world_size", "dtype", "accumulation", "strategy"),
-    [(1, "bfloat16", 1, "ddp"), (2, "float32", 3, "ddp"), (3, "float32", 1, "ddp"), (3, "bfloat16", 1, "fsdp")],
+    [
+        pytest.param(1, "bfloat16", 1, "ddp", marks=pytest.mark.slow),
+        (2, "float32", 3, "ddp"),
+        pytest.param(3, "float32", 1, "ddp", marks=pytest.mark.slow),
+        (3, "bfloat16", 1, "fsdp"),
+    ],
 )
 def test_a_mixture_of_experts_ends_with_the_same_bits(tmp_path, rows, world_size, dtype, accumulation, strategy):
     shape = {"use_moe": True, "gradient_checkpointing": accumulation > 1}

@@ -30,6 +30,7 @@ POLICIES = {
     "lr_adapt": "adaptive", "lr_adapt_window": 3, "lr_adapt_patience": 2, "lr_adapt_drop_patience": 2,
     "lr_adapt_threshold": 0.5, "ema_decay": 0.9, "early_stopping_patience": 50, "eval_interval": "2", "eval_samples": 0,
 }  # fmt: skip
+BETWEEN_RESUMES = 5
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,13 @@ def test_each_stage_trains_its_own_rows_at_its_own_rates(whole):
     assert (state["status"], state["stage"]) == ("completed", 2)
 
 
-def test_a_resume_at_every_step_ends_with_the_same_bits(tmp_path, flags, whole):
+@pytest.mark.parametrize(
+    "first", [1, *(pytest.param(first, marks=pytest.mark.slow) for first in range(2, BETWEEN_RESUMES + 1))]
+)
+def test_a_resume_at_any_step_ends_with_the_same_bits(tmp_path, flags, whole, first):
     expected = result_of(whole)
     last = max(r["step"] for r in records_of(whole, "train"))
-    for step in range(1, last):
+    for step in range(first, last, BETWEEN_RESUMES):
         cut = resume_from(whole, step, tmp_path / f"from {step}")
         assert train(1, cut, **flags, from_resume="1") == [0], log_of(cut)
         assert without_events(cut) == without_events(whole), step

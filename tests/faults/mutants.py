@@ -46,7 +46,7 @@ RESUME = "tests/test_resume.py::test_a_killed_and_resumed_run_ends_with_the_same
 PLAIN, HALF, TWO, SHARED = (f"{RESUME}[{case}]" for case in (
     "1-float32-1-ddp", "1-float16-1-ddp", "2-float32-3-ddp", "3-float32-1-fsdp",
 ))  # fmt: skip
-STAGED = "tests/test_staged_runs.py::test_a_resume_at_every_step_ends_with_the_same_bits"
+STAGED = "tests/test_staged_runs.py::test_a_resume_at_any_step_ends_with_the_same_bits"
 SKIPPING = "tests/test_order.py::test_skipping_costs_exactly_the_named_batches"
 PURE = "tests/test_order.py::test_the_order_is_a_pure_function_of_seed_and_epoch"
 ONCE = "tests/test_order.py::test_exactly_once_with_equal_shares"
