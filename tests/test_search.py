@@ -119,13 +119,15 @@ def comes_to_be(status, state, seconds):
     return True
 
 
-def test_trials_that_all_fail_end_the_search_with_the_reason(tmp_path, rows, capsys):
+def test_trials_that_all_fail_end_the_search_with_the_reason(tmp_path, rows, capsys, monkeypatch):
+    monkeypatch.setattr("scripts.search.MAX_FAILURES", 2)
     (tmp_path / "space.yaml").write_text("learning_rate: {low: 0.001, high: 0.002}")
     command = ["--space", str(tmp_path / "space.yaml"), "--study_dir", str(tmp_path / "study")]
     (tmp_path / "study" / "trial-0000").mkdir(parents=True)
     bad = words_of(tmp_path, rows, data_path=str(tmp_path / "nothing.jsonl"))
     assert main([*command, *bad]) == 70
-    assert "nothing.jsonl" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nothing.jsonl" in said and "2 trials in a row have failed" in said
 
 
 def test_the_schedule_is_drawn_before_the_run(tmp_path, rows):

@@ -152,7 +152,7 @@ def test_a_run_killed_after_early_stopping_and_before_its_export_trains_no_furth
 
 
 def test_more_patience_goes_on_with_a_run_that_was_stopped_and_another_policy_begins_anew(tmp_path, rows):
-    flags = {**STOPS, "data_path": str(rows), "val_data_path": str(rows), "lr_adapt": "plateau", "epochs": 20}
+    flags = {**STOPS, "data_path": str(rows), "val_data_path": str(rows), "lr_adapt": "plateau", "epochs": 8}
     run = tmp_path / "run"
     assert train(1, run, **flags) == [0]
     stopped = json.loads((run / "state.json").read_text())
