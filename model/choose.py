@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,9 @@ from model.decoder import Decoder, DecoderConfig
 from model.loading import build_model, build_skeleton, check_isolation, fill_from_files, load_model, load_skeleton
 from model.parts import PartOf
 from model.trust import UnsafeModelError, refuse_unsafe_tokenizer
+from model.vocabulary import grow
+
+logger = logging.getLogger("train")
 
 NEW = "none"
 OWN_TOKENIZER = Path(__file__).resolve().parent / "tokenizer"
@@ -83,12 +87,14 @@ def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False) ->
     problems = [
         f"--{name} {value}: {from_weight} has {loaded[name]}" for name, value in shape.items() if loaded[name] != value
     ]
-    if model.config.vocab_size < vocab_size:
-        problems.append(
-            f"--tokenizer: it has {vocab_size} entries, the vocabulary of {from_weight} only {model.config.vocab_size}"
-        )
     if problems:
         raise ValueError("\n".join(problems))
+    if model.vocab_size < vocab_size:
+        logger.warning(
+            "the tokenizer has %d entries, the vocabulary of %s only %d: %d are added, each with the mean of the others",
+            vocab_size, from_weight, model.vocab_size, vocab_size - model.vocab_size,
+        )  # fmt: skip
+        grow(model, vocab_size)
     return model
 
 

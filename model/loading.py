@@ -22,6 +22,7 @@ from model.isolation import APART, PACKED, check_isolation
 from model.losses import Terms, supervised_terms
 from model.moe import TERM_WEIGHTS, router_terms
 from model.parts import Inside, PartOf, overlap, recompute_in_backward, whole
+from model.vocabulary import grow, mean_row, vocabulary_tensors
 from model.trust import read_object, refuse_unsafe_weights
 
 logger = logging.getLogger("train")
@@ -102,7 +103,7 @@ def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: 
         if (own := part.detach()[in_part]).numel():
             own.copy_(values[in_values])
 
-    wanted = _wanted_tensors(model)
+    wanted, grown = _wanted_tensors(model), {id(tensor) for tensor in vocabulary_tensors(model)}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
     missing, wrong = _as_in_files(model, wanted), []
     for file in _weight_files(source):
@@ -111,6 +112,9 @@ def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: 
                 if name in tied:
                     continue  # some writers save the tied head a second time
                 tensor, inside, expected = missing.pop(name, (None, (), ()))
+                if added := model.added_entries if id(tensor) in grown else 0:
+                    expected = (expected[0] - added, *expected[1:])
+                    inside = (slice(0, expected[0]),)
                 shape, dtype = tuple(stored.get_slice(name).get_shape()), stored.get_slice(name).get_dtype()
                 if tensor is None:
                     wrong.append(f"{name} is not part of it")
@@ -119,11 +123,16 @@ def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: 
                 elif tensor.is_floating_point() and dtype not in FLOATS:
                     wrong.append(f"{name} holds {dtype}, not one of {', '.join(FLOATS)}")
                 else:
-                    put(stored.get_slice(name) if shape else stored.get_tensor(name), tensor, inside)
+                    values = stored.get_slice(name) if shape else stored.get_tensor(name)
+                    put(values, tensor, inside)
+                    if added:
+                        put(mean_row(values, shape[0]).expand(added, *shape[1:]), tensor, (slice(shape[0], shape[0] + added),))
     wrong += [f"{name} is missing" for name in missing]
     if wrong and isinstance(model, HFCausalLM):  # the family stores its weights otherwise than it holds them
         logger.warning("the weights of %s have to be converted: every process holds a full copy for a moment", source)
-        converted = HFCausalLM.from_pretrained(source).inner.state_dict()
+        whole_model = HFCausalLM.from_pretrained(source)
+        grow(whole_model, model.vocab_size)
+        converted = whole_model.inner.state_dict()
         for name, tensor in wanted.items():
             put(converted[name], tensor)
     elif wrong:
@@ -384,6 +393,9 @@ class HFCausalLM(LanguageModel):
 
     def input_embeddings(self) -> nn.Module:
         return self.inner.get_input_embeddings()
+
+    def vocabulary_modules(self) -> list[nn.Module]:
+        return [self.inner.get_input_embeddings(), self.inner.get_output_embeddings()]
 
     def shard_units(self) -> list[nn.Module]:
         """The modules to shard one by one, in forward order."""
