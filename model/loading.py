@@ -398,9 +398,10 @@ class HFCausalLM(LanguageModel):
         return [self.inner.get_input_embeddings(), self.inner.get_output_embeddings()]
 
     def shard_units(self) -> list[nn.Module]:
-        """The modules to shard one by one, in forward order."""
-        names = set(self.inner._no_split_modules or ())
-        return [module for module in self.modules() if type(module).__name__ in names]
+        """The modules to shard one by one, in forward order; of those that lie inside each other the outermost."""
+        kinds = set(self.inner._no_split_modules or ())
+        units = {name: module for name, module in self.named_modules() if type(module).__name__ in kinds}
+        return [unit for name, unit in units.items() if not any(name.startswith(f"{other}.") for other in units)]
 
     def parameter_counts(self) -> tuple[int, int]:
         """(body, head) as the decoder counts them; every expert of a mixture counts as used."""

@@ -11,7 +11,7 @@ from model.decoder import Decoder
 from model.export import export_model
 from model.parts import whole
 from model.vocabulary import grow, mean_row
-from tests.small_world import TINY, resume_from, result_of, train, write_rows
+from tests.small_world import TINY, result_of, resume_from, train, write_rows
 from tests.test_export import TOKENIZER, foreign
 from tests.tiny_model import logits_of, pack, tiny, tokens
 
