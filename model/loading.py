@@ -22,8 +22,8 @@ from model.isolation import APART, PACKED, check_isolation
 from model.losses import Terms, supervised_terms
 from model.moe import TERM_WEIGHTS, router_terms
 from model.parts import Inside, PartOf, overlap, recompute_in_backward, whole
+from model.trust import NO_TRUST, Trust, read_object, refuse_unsafe_weights
 from model.vocabulary import grow, mean_row, vocabulary_tensors
-from model.trust import read_object, refuse_unsafe_weights
 
 logger = logging.getLogger("train")
 
@@ -47,34 +47,34 @@ def build_model(config: DecoderConfig, seed: int, init: str = "fan_in") -> Decod
     return decoder
 
 
-def load_model(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalLM":
+def load_model(source: str | Path, dropout: float = 0.0, trust: Trust = NO_TRUST) -> "Decoder | HFCausalLM":
     """Float32 weights of a directory or a Hub id, in the built-in decoder where it fits and through transformers else.
 
     `dropout` is the decoder's; other models keep what their own config.json says. Raises ValueError for weights that do
     not fit their config.json and for families whose packed documents would influence each other; UnsafeModelError for
     what is a program.
     """
-    if is_builtin_directory(source):
+    if is_builtin_directory(source, trust):
         decoder = Decoder(_decoder_config_in(source, dropout))
         fill_from_files(decoder, source)
         return decoder
-    model = HFCausalLM.from_pretrained(source)
+    model = HFCausalLM.from_pretrained(source, trust)
     check_isolation(model)
     return model
 
 
-def load_skeleton(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalLM":
+def load_skeleton(source: str | Path, dropout: float = 0.0, trust: Trust = NO_TRUST) -> "Decoder | HFCausalLM":
     """The model of `load_model` without memory for its weights; once it has some, `fill_from_files` sets them."""
-    if is_builtin_directory(source):
+    if is_builtin_directory(source, trust):
         return build_skeleton(_decoder_config_in(source, dropout))
-    return HFCausalLM.skeleton(source)
+    return HFCausalLM.skeleton(source, trust)
 
 
-def is_builtin_directory(source: str | Path) -> bool:
+def is_builtin_directory(source: str | Path, trust: Trust = NO_TRUST) -> bool:
     """Whether the built-in decoder computes what lies there. Raises ValueError where nothing does."""
     if not Path(source).is_dir() and (str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))):
         raise ValueError(f"no model in {source}: there is no such directory")
-    refuse_unsafe_weights(source)
+    refuse_unsafe_weights(source, trust)
     return (Path(source) / "config.json").is_file() and is_builtin(read_config(source))
 
 
@@ -90,7 +90,9 @@ def _decoder_config_in(directory: str | Path, dropout: float) -> DecoderConfig:
         raise ValueError(f"{directory}: {error}") from None
 
 
-def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: PartOf = whole) -> None:
+def fill_from_files(
+    model: "Decoder | HFCausalLM", source: str | Path, part_of: PartOf = whole, trust: Trust = NO_TRUST
+) -> None:
     """Read the weights of a directory or a Hub id into a model, of each tensor only the part that is held here.
 
     Raises ValueError where the files are damaged or do not fit the model, naming the first differences.
@@ -106,7 +108,7 @@ def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: 
     wanted, grown = _wanted_tensors(model), {id(tensor) for tensor in vocabulary_tensors(model)}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
     missing, wrong = _as_in_files(model, wanted), []
-    for file in _weight_files(source):
+    for file in _weight_files(source, trust):
         with _opened(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict
                 if name in tied:
@@ -126,11 +128,15 @@ def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: 
                     values = stored.get_slice(name) if shape else stored.get_tensor(name)
                     put(values, tensor, inside)
                     if added:
-                        put(mean_row(values, shape[0]).expand(added, *shape[1:]), tensor, (slice(shape[0], shape[0] + added),))
+                        put(
+                            mean_row(values, shape[0]).expand(added, *shape[1:]),
+                            tensor,
+                            (slice(shape[0], shape[0] + added),),
+                        )
     wrong += [f"{name} is missing" for name in missing]
     if wrong and isinstance(model, HFCausalLM):  # the family stores its weights otherwise than it holds them
         logger.warning("the weights of %s have to be converted: every process holds a full copy for a moment", source)
-        whole_model = HFCausalLM.from_pretrained(source)
+        whole_model = HFCausalLM.from_pretrained(source, trust)
         grow(whole_model, model.vocab_size)
         converted = whole_model.inner.state_dict()
         for name, tensor in wanted.items():
@@ -158,12 +164,14 @@ def _as_in_files(model: nn.Module, wanted: dict[str, Tensor]) -> dict[str, tuple
     }
 
 
-def _weight_files(source: str | Path) -> list[Path]:
+def _weight_files(source: str | Path, trust: Trust) -> list[Path]:
     directory = Path(source)
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
 
-        directory = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+        directory = Path(
+            snapshot_download(str(source), revision=trust.revision, allow_patterns=["*.safetensors", "*.json"])
+        )
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"{source} has a config.json and no model.safetensors")
@@ -253,8 +261,8 @@ class HFCausalLM(LanguageModel):
         self.told: list[int | None] | None = None  # of windows, by the layers of a forward pass, if that is asked
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> "HFCausalLM":
-        """Float32 weights of a directory or a Hub id; safetensors only, and no code from the repository."""
+    def from_pretrained(cls, source: str | Path, trust: Trust = NO_TRUST) -> "HFCausalLM":
+        """Float32 weights of a directory or a Hub id; safetensors only, and code of its own only where trusted."""
         from transformers import AutoModelForCausalLM
 
         with _explained(source):
@@ -264,8 +272,8 @@ class HFCausalLM(LanguageModel):
                     source,
                     dtype=torch.float32,
                     use_safetensors=True,
-                    trust_remote_code=False,
                     output_loading_info=True,
+                    **trust.options(),
                 )
             )
         if info["missing_keys"]:  # transformers fills them with random numbers and a warning
@@ -273,16 +281,18 @@ class HFCausalLM(LanguageModel):
         return cls(inner)
 
     @classmethod
-    def skeleton(cls, source: str | Path) -> "HFCausalLM":
+    def skeleton(cls, source: str | Path, trust: Trust = NO_TRUST) -> "HFCausalLM":
         """The same model without memory for its parameters; buffers, which no file holds, are computed."""
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with _explained(source):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            options = trust.options()
+            config = AutoConfig.from_pretrained(source, **options)
+            options.pop("revision")  # says where a configuration is, and there is one
             with init_empty_weights(include_buffers=False):
                 inner = _with_our_attention(
-                    partial(AutoModelForCausalLM.from_config, config, dtype=torch.float32, trust_remote_code=False)
+                    partial(AutoModelForCausalLM.from_config, config, dtype=torch.float32, **options)
                 )
         inner.tie_weights()
         return cls(inner)

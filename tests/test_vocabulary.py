@@ -112,5 +112,7 @@ def test_a_run_with_new_tokens_resumes_exactly_whole_and_shared(tmp_path):
     assert result_of(copy) == result_of(tmp_path / "fsdp")
     config = json.loads((copy / "final" / "config.json").read_text())
     assert config["vocab_size"] == 6402
-    losses = [[r["train/loss"] for r in result_of(tmp_path / s)["records"] if "train/loss" in r] for s in ("ddp", "fsdp")]
+    losses = [
+        [r["train/loss"] for r in result_of(tmp_path / s)["records"] if "train/loss" in r] for s in ("ddp", "fsdp")
+    ]
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=1e-5)
