@@ -289,7 +289,9 @@ class HFCausalLM(LanguageModel):
         with _explained(source):
             options = trust.options()
             config = AutoConfig.from_pretrained(source, **options)
-            options.pop("revision")  # says where a configuration is, and there is one
+            own_class = trust.code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+            for name in ("revision", *(() if own_class else ("code_revision",))):  # nobody would take them out again
+                options.pop(name)
             with init_empty_weights(include_buffers=False):
                 inner = _with_our_attention(
                     partial(AutoModelForCausalLM.from_config, config, dtype=torch.float32, **options)

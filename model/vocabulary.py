@@ -1,6 +1,5 @@
 """More entries in the vocabulary of a model, for a tokenizer that has got new tokens."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,26 +13,26 @@ MEAN_ROWS = 4096  # of a table that are added up at once, always the same so tha
 def grow(model: LanguageModel, vocab_size: int) -> None:
     """Add entries up to `vocab_size`, each with the mean of those there were; a tied head stays tied.
 
-    On the meta device the mean is for whoever fills the model to set. Raises ValueError for a table that is something
-    else than rows of numbers.
+    On the meta device the mean is for whoever fills the model to set. Raises ValueError where embeddings and head have
+    not the same entries.
     """
     added = vocab_size - model.vocab_size
     if added <= 0:
         return
-    tables: dict[int, nn.Parameter] = {}
-    for module, name, tensor in list(_tables(model)):
-        rows = vocab_size - added
-        if len(tensor) != rows or not tensor.is_floating_point():
-            raise ValueError(
-                f"the vocabulary of {type(model).__name__} cannot grow: {name} has {len(tensor)} rows of {tensor.dtype}"
-            )
-        if id(tensor) not in tables:
-            larger = tensor.new_empty(vocab_size, *tensor.shape[1:])
-            if not tensor.is_meta:
-                larger[:rows] = tensor.detach()
-                larger[rows:] = mean_row(tensor.detach(), rows)
-            tables[id(tensor)] = nn.Parameter(larger)
-        setattr(module, name, tables[id(tensor)])
+    rows, (embedding, head) = model.vocab_size, model.vocabulary_modules()
+    tied = head.weight is embedding.weight
+    for module in (embedding, head):
+        for name in _tables(module, rows):
+            old = getattr(module, name).detach()
+            if len(old) != rows:
+                raise ValueError(f"the vocabulary cannot grow: {name} has {len(old)} rows and the head {rows}")
+            if module is head and name == "weight" and tied:
+                head.weight = embedding.weight
+                continue
+            larger = old.new_empty(vocab_size, *old.shape[1:])
+            if not old.is_meta:
+                larger[:rows], larger[rows:] = old, mean_row(old, rows)
+            setattr(module, name, nn.Parameter(larger))
         for size in ("num_embeddings", "out_features"):
             if size in vars(module):
                 setattr(module, size, vocab_size)
@@ -45,7 +44,9 @@ def grow(model: LanguageModel, vocab_size: int) -> None:
 
 def vocabulary_tensors(model: LanguageModel) -> list[Tensor]:
     """The tensors with a row for each entry."""
-    return [tensor for _, _, tensor in _tables(model)]
+    return [
+        getattr(module, name) for module in model.vocabulary_modules() for name in _tables(module, model.vocab_size)
+    ]
 
 
 def mean_row(values: Any, rows: int) -> Tensor:
@@ -54,8 +55,5 @@ def mean_row(values: Any, rows: int) -> Tensor:
     return (torch.stack(parts).sum(0) / rows).float()
 
 
-def _tables(model: LanguageModel) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for module in model.vocabulary_modules():
-        for name, tensor in module.named_parameters(recurse=False):
-            if tensor.shape[0] == model.vocab_size or name == "weight":
-                yield module, name, tensor
+def _tables(module: nn.Module, rows: int) -> list[str]:
+    return [n for n, tensor in module.named_parameters(recurse=False) if n == "weight" or tensor.shape[0] == rows]

@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 
-import train_full_sft
 from model.choose import ModelRequest, choose_model, load_tokenizer
 from model.export import export_model
 from model.loading import HFCausalLM, load_model, load_skeleton
 from model.trust import Trust, UnsafeModelError
 from scripts.chat import main as chat
-from tests.small_world import TINY, records_of, write_rows
+from scripts.ranks import run_ranks, train_rank
+from tests.small_world import TINY, log_of, records_of, write_rows
 from tests.test_export import TOKENIZER, foreign
 from tests.tiny_model import logits_of, pack, tokens
-from training.config import Config, ConfigError, make_config
+from training.config import Config, ConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CODE = """
@@ -57,7 +57,9 @@ def test_a_class_of_its_own_is_refused_and_computes_where_it_is_trusted(own, tmp
     assert not (tmp_path / "canary").exists()
     trusted = load_model(own, trust=Trust(code=True))
     assert (tmp_path / "canary").exists() and type(trusted.inner).__name__ == "OwnForCausalLM"
+    assert type(load_skeleton(own, trust=Trust(code=True)).inner).__name__ == "OwnForCausalLM"
     foreign(tmp_path / "plain", "Mistral", vocab_size=6400)
+    assert isinstance(load_skeleton(tmp_path / "plain", trust=Trust(code=True)), HFCausalLM)
     batch = pack([tokens(12, 1), tokens(9, 2)])
     plain = load_model(tmp_path / "plain")
     assert isinstance(plain, HFCausalLM) and torch.equal(logits_of(plain, batch), logits_of(trusted, batch))
@@ -123,7 +125,7 @@ def test_a_run_trains_it_and_its_result_answers(own, tmp_path, capsys):
     run = tmp_path / "run"
     for trusted, code in ((0, 77), (1, 0)):
         values = {**flags, "save_dir": str(run), "trust_remote_code": trusted, "overwrite": 1}
-        assert train_full_sft.main(make_config(values)) == code
+        assert run_ranks(train_rank, 1, (values, str(run), None)) == [code], log_of(run)
         assert (tmp_path / "canary").exists() == bool(trusted)
     assert len(records_of(run, "train")) > 0
     talk = [str(run), "--prompt", "Say 1", "--max_new_tokens", "2"]
