@@ -285,17 +285,17 @@ class HFCausalLM(LanguageModel):
         """The same model without memory for its parameters; buffers, which no file holds, are computed."""
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         with _explained(source):
-            options = trust.options()
-            config = AutoConfig.from_pretrained(source, **options)
-            own_class = trust.code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-            for name in ("revision", *(() if own_class else ("code_revision",))):  # nobody would take them out again
-                options.pop(name)
+            config = AutoConfig.from_pretrained(source, **trust.options())
+            make = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
+            if trust.code and (named := (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")):
+                own_class = get_class_from_dynamic_module(named, source, code_revision=trust.revision)
+                own_class.register_for_auto_class("AutoModelForCausalLM")  # an export copies its code
+                make = own_class._from_config
             with init_empty_weights(include_buffers=False):
-                inner = _with_our_attention(
-                    partial(AutoModelForCausalLM.from_config, config, dtype=torch.float32, **options)
-                )
+                inner = _with_our_attention(partial(make, config, dtype=torch.float32))
         inner.tie_weights()
         return cls(inner)
 
