@@ -228,11 +228,11 @@ def _explained(source: str | Path) -> Iterator[None]:
 
 
 def _with_our_attention(load: Callable[..., Any]) -> Any:
-    """What `load` gives with our attention, or with its own where a family looks it up in a table that lacks ours."""
+    """What `load` gives with our attention, or with plain one where a family looks it up in a table that lacks ours."""
     try:
         return load(attn_implementation=ATTENTION_NAME)
     except KeyError:
-        return load()
+        return load(attn_implementation="eager")
 
 
 def logits_already(states: Tensor) -> Tensor:
@@ -362,14 +362,15 @@ class HFCausalLM(LanguageModel):
             lines = pad_sequence([documents[number] for number in call] or [embedded[:1]], batch_first=True)
             output = self._states(inputs_embeds=lines, use_cache=False)
             states |= {number: line[: lengths[number]] for number, line in zip(call, output, strict=False)}
-            idle = output[0, :0]  # without a document: nothing of it counts, and the backward pass still comes by
-            states |= {} if call else {len(lengths): idle}
+            if not call:  # nothing of it counts, and the backward pass still comes by
+                states[len(lengths)] = output[0, :0]
         return torch.cat([states[number] for number in sorted(states)])
 
     def read_apart(self) -> None:
         """Compute the documents of a row apart from now on, with an attention that the family has."""
+        if self.reading == PACKED:  # else it has been made with the one that it has
+            self.attention = "sdpa" if self.inner._supports_sdpa else "eager"
         self.reading, self._plain_head, self._routers = APART, False, []
-        self.attention = "sdpa" if self.inner._supports_sdpa else "eager"
         self.config._attn_implementation = self.attention  # also where only the mask follows it, as in BLOOM
 
     def use_plain_head(self, probe: Callable[[], Tensor]) -> None:
@@ -387,7 +388,7 @@ class HFCausalLM(LanguageModel):
             base.register_forward_hook(lambda *call: states.append(call[2][0])),
             self.inner.register_forward_hook(lambda *call: logits.append(call[2].logits)),
         ]
-        self._keeps_logits = False
+        self._keeps_logits = self._plain_head = False
         probe()
         self._keeps_logits = keeps_logits
         for hook in hooks:

@@ -120,8 +120,9 @@ def _refuse_code_elsewhere(source: str | Path, config: dict[str, Any], trust: Tr
 def _never_ask(trust: Trust) -> None:
     """Classes that are loaded by others do without our `trust_remote_code`; then a pipe could say yes for the user."""
     from transformers import dynamic_module_utils
+    from transformers.utils import HF_MODULES_CACHE
 
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     if trust.code:  # each process has its own copy of the code, or one could read what another is just writing
-        place = Path(os.environ.get("HF_MODULES_CACHE", dynamic_module_utils.HF_MODULES_CACHE))
+        place = Path(os.environ.get("HF_MODULES_CACHE", HF_MODULES_CACHE))
         dynamic_module_utils.HF_MODULES_CACHE = str(place / f"rank{os.environ.get('LOCAL_RANK', 0)}")

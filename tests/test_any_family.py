@@ -209,6 +209,22 @@ def test_the_page_has_a_row_for_every_family():
     assert all(f" {column} |" in rows[0] for column in COLUMNS) and "**" not in "".join(rows)
 
 
+@pytest.mark.parametrize(
+    ("name", "tied"), [("Llama", False), ("Llama", True), ("Mistral", False), ("Gemma3Text", True)]
+)
+def test_many_files_in_half_precision_are_read_as_one_in_float32(tmp_path, name, tied):
+    network = foreign(tmp_path / "model", name, tie_word_embeddings=tied).bfloat16()
+    (tmp_path / "model" / "model.safetensors").unlink()
+    network.save_pretrained(tmp_path / "model", max_shard_size="16KB")
+    assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
+    loaded, stored = load_model(tmp_path / "model"), network.state_dict()
+    assert isinstance(loaded, Decoder if name == "Llama" else HFCausalLM)
+    assert loaded.state_dict().keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[key].float()) for key, tensor in loaded.state_dict().items())
+    embedding, head = loaded.vocabulary_modules()
+    assert (embedding.weight is head.weight) == tied and embedding.weight.dtype == torch.float32
+
+
 MEMORY = """
 import sys, threading, time
 import torch, transformers, accelerate
