@@ -434,7 +434,7 @@ def run_job(
     # 1. Data, before the process group exists, whose timeout tokenising would outlast
     wanted = ModelRequest(**config.model_request)
     tokenizer_source = choose_tokenizer(config.tokenizer, wanted.from_weight)
-    tokenizer = load_tokenizer(tokenizer_source, config.chat_template)
+    tokenizer = load_tokenizer(tokenizer_source, config.chat_template, wanted.trust_in(tokenizer_source))
     stages = read_stages(config)
     if objective is None or config.teacher:
         check_terms(stages)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +16,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from model.decoder import Decoder, DecoderConfig
 from model.loading import build_model, build_skeleton, check_isolation, fill_from_files, load_model, load_skeleton
 from model.parts import PartOf
-from model.trust import UnsafeModelError, refuse_unsafe_tokenizer
+from model.trust import NO_TRUST, Trust, UnsafeModelError, refuse_unsafe_tokenizer
+from model.vocabulary import grow
+
+logger = logging.getLogger("train")
 
 NEW = "none"
+NO_BOUND = 2**20
 OWN_TOKENIZER = Path(__file__).resolve().parent / "tokenizer"
 
 
@@ -26,19 +31,19 @@ def choose_tokenizer(tokenizer: str | None, from_weight: str) -> str:
     return tokenizer or (str(OWN_TOKENIZER) if from_weight == NEW else from_weight)
 
 
-def load_tokenizer(source: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(source: str, chat_template: str | None = None, trust: Trust = NO_TRUST) -> PreTrainedTokenizerFast:
     """The tokenizer, with the template in the file `chat_template`; ValueError where there is no fast tokenizer.
 
     Raises UnsafeModelError where that is a program.
     """
     try:
-        refuse_unsafe_tokenizer(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        refuse_unsafe_tokenizer(source, trust)
+        tokenizer = AutoTokenizer.from_pretrained(source, **trust.options())
     except UnsafeModelError:
         raise
     except Exception as error:  # of the files of strangers transformers trips over in many ways
         if "trust_remote_code" in str(error):
-            raise UnsafeModelError(f"the tokenizer in {source} needs code of its own, which is never run") from None
+            raise UnsafeModelError(f"the tokenizer in {source} needs code of its own, which is not run") from None
         raise ValueError(f"no tokenizer in {source} ({error}); name one with --tokenizer") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer in {source} has no tokenizer.json, which this kit needs")
@@ -59,9 +64,15 @@ class ModelRequest:
     dropout: float = 0.0
     seed: int = 0
     init: str = "fan_in"
+    revision: str | None = None  # of a Hub id
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         self.from_weight = weights_source(self.from_weight)
+
+    def trust_in(self, source: str) -> Trust:
+        """What was said of the weights is true of what lies beside them."""
+        return Trust(self.revision, self.trust_remote_code) if source == self.from_weight else NO_TRUST
 
 
 def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False) -> nn.Module:
@@ -71,10 +82,11 @@ def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False) ->
     disagreement.
     """
     from_weight, shape, dropout = request.from_weight, request.shape, request.dropout
+    trust = request.trust_in(from_weight)
     if from_weight == NEW:
         config = DecoderConfig(vocab_size=vocab_size, dropout=dropout, **shape)
         return build_skeleton(config) if empty else build_model(config, request.seed, request.init)
-    model = load_skeleton(from_weight, dropout) if empty else load_model(from_weight, dropout)
+    model = (load_skeleton if empty else load_model)(from_weight, dropout, trust)
     if dropout and not isinstance(model, Decoder):
         raise ValueError(
             f"--dropout {dropout}: {from_weight} keeps the dropout of its own config.json; change it there"
@@ -83,12 +95,14 @@ def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False) ->
     problems = [
         f"--{name} {value}: {from_weight} has {loaded[name]}" for name, value in shape.items() if loaded[name] != value
     ]
-    if model.config.vocab_size < vocab_size:
-        problems.append(
-            f"--tokenizer: it has {vocab_size} entries, the vocabulary of {from_weight} only {model.config.vocab_size}"
-        )
     if problems:
         raise ValueError("\n".join(problems))
+    if model.vocab_size < vocab_size:
+        logger.warning(
+            "the tokenizer has %d entries, the vocabulary of %s only %d: %d are added, each the mean of the old ones",
+            vocab_size, from_weight, model.vocab_size, vocab_size - model.vocab_size,
+        )  # fmt: skip
+        grow(model, vocab_size)
     return model
 
 
@@ -100,9 +114,14 @@ def fill_model(model: Any, request: ModelRequest, part_of: PartOf, tolerance: fl
     if request.from_weight == NEW:
         model.initialise(torch.Generator().manual_seed(request.seed), part_of, request.init)
         return
-    fill_from_files(model, request.from_weight, part_of)
+    fill_from_files(model, request.from_weight, part_of, request.trust_in(request.from_weight))
     if not isinstance(model, Decoder):
         check_isolation(model, tolerance)
+
+
+def known_positions(model: Any) -> int:
+    """How many positions a model can tell apart; a family that says nothing of it has no bound."""
+    return getattr(model.config, "max_position_embeddings", None) or NO_BOUND
 
 
 def check_positions(model: Any, lengths: np.ndarray, max_seq_len: int) -> None:
@@ -110,8 +129,8 @@ def check_positions(model: Any, lengths: np.ndarray, max_seq_len: int) -> None:
 
     A row may be longer: every sample in it begins at position 0.
     """
-    longest, known = int(lengths.max()) - 1, getattr(model.config, "max_position_embeddings", None)
-    if known is not None and longest > known:
+    longest, known = int(lengths.max()) - 1, known_positions(model)
+    if longest > known:
         raise ValueError(
             f"--max_seq_len {max_seq_len}: a sample has {longest} tokens, the model knows {known} positions; give "
             f"--max_seq_len {known} and say with --overlong what to do with longer samples"

@@ -278,6 +278,9 @@ class Decoder(LanguageModel):
     def input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
+    def vocabulary_modules(self) -> list[nn.Module]:
+        return [self.model.embed_tokens, self.lm_head]
+
     def shard_units(self) -> list[nn.Module]:
         """The modules to shard one by one, in forward order."""
         return list(self.model.layers)

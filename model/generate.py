@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from model.attention import document_attention
 from model.decoder import Attend, Decoder
-from model.loading import ATTENTION_NAME, HFCausalLM
+from model.isolation import APART, its_own_attention
+from model.loading import HFCausalLM
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,8 @@ def _tokens(
     draws = torch.stack([_uniforms(sampling.seed + index, max_new_tokens) for index in range(len(prompts))])
     ended = torch.tensor(sorted(eos_token_ids))
     live = torch.ones(len(prompts), dtype=torch.bool)
-    cache_type = DecoderCache if isinstance(model, Decoder) else TransformersCache
     with _inference(model):
-        cache = cache_type(model, prompts, max_new_tokens)
+        cache = _cache_of(model)(model, prompts, max_new_tokens)
         logits = cache.prefill()
         for step in range(max_new_tokens):
             tokens = choose(logits, sampling, draws[rows, step].to(device)).cpu()
@@ -118,17 +118,20 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
 
 @contextmanager
 def _inference(model: Decoder | HFCausalLM) -> Iterator[None]:
-    """Evaluation mode and, for transformers' models, the attention that understands their cache and padding mask."""
+    """Evaluation mode and, where it is needed, the attention that understands transformers' cache and padding mask."""
     training = model.training
     model.eval()
-    if isinstance(model, HFCausalLM):
-        model.inner.set_attn_implementation("eager")
     try:
-        yield
+        with its_own_attention(model) if _cache_of(model) is TransformersCache else nullcontext():
+            yield
     finally:
-        if isinstance(model, HFCausalLM):
-            model.inner.set_attn_implementation(ATTENTION_NAME)
         model.train(training)
+
+
+def _cache_of(model: Decoder | HFCausalLM) -> "type[DecoderCache | TransformersCache | NoCache]":
+    if isinstance(model, Decoder):
+        return DecoderCache
+    return NoCache if model.reading == APART else TransformersCache
 
 
 class DecoderCache:
@@ -226,3 +229,28 @@ class TransformersCache:
         )
         self.cache = output.past_key_values
         return output.logits[:, -1]
+
+
+class NoCache:
+    """For families that cannot be packed: what they keep of a prompt takes no padding, so all is computed each time."""
+
+    def __init__(self, model: HFCausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.sequences = [torch.tensor(prompt, device=self.device) for prompt in prompts]
+
+    def prefill(self) -> Tensor:
+        lengths = [len(sequence) for sequence in self.sequences]
+        ends = torch.tensor(lengths, device=self.device).cumsum(0)
+        batch = {
+            "input_ids": torch.cat(self.sequences), "document_lengths": lengths, "supervised_positions": ends - 1,
+        }  # fmt: skip
+        states, head = self.model.supervised_states(batch)
+        return head(states)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.sequences = [torch.cat(pair) for pair in zip(self.sequences, tokens[:, None], strict=True)]
+        return self.prefill()
+
+    def keep(self, rows: Tensor) -> None:
+        self.sequences = [self.sequences[row] for row in rows.tolist()]

@@ -19,6 +19,11 @@ class LanguageModel(nn.Module):
     """What objectives use of a model besides `model(batch, terms)`."""
 
     vocab_size: int
+    added_entries = 0  # of the vocabulary, at its end, since `model.vocabulary.grow`
+
+    def vocabulary_modules(self) -> list[nn.Module]:
+        """The input embeddings and the head, whose tensors have a row for each entry of the vocabulary."""
+        raise NotImplementedError
 
     @property
     def term_weights(self) -> dict[str, float]:

@@ -3,32 +3,35 @@
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from model.attention import document_attention
 from model.decoder import Decoder, DecoderConfig
 from model.families import decoder_config, in_files, is_builtin
 from model.input_embeddings import Head, LanguageModel
+from model.isolation import APART, PACKED, check_isolation
 from model.losses import Terms, supervised_terms
 from model.moe import TERM_WEIGHTS, router_terms
 from model.parts import Inside, PartOf, overlap, recompute_in_backward, whole
-from model.trust import read_object, refuse_unsafe_weights
+from model.trust import NO_TRUST, Trust, read_object, refuse_unsafe_weights
+from model.vocabulary import grow, mean_row, vocabulary_tensors
 
 logger = logging.getLogger("train")
 
 ATTENTION_NAME = "documents"
 FLOATS = ("F64", "F32", "F16", "BF16")
-NOT_PACKABLE = "this family cannot be packed yet"
 # Families whose router takes the first of a softmax, and says before it the logits; others balance in other ways.
 ROUTED_BY_SOFTMAX = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
-PROBE_TOKENS = 7  # of each of the two documents that a loaded model is tried on
+APART_CALLS = 2  # in which a model computes documents apart, for the short ones not to be padded like the long ones
 
 
 def build_skeleton(config: DecoderConfig) -> Decoder:
@@ -44,34 +47,34 @@ def build_model(config: DecoderConfig, seed: int, init: str = "fan_in") -> Decod
     return decoder
 
 
-def load_model(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalLM":
+def load_model(source: str | Path, dropout: float = 0.0, trust: Trust = NO_TRUST) -> "Decoder | HFCausalLM":
     """Float32 weights of a directory or a Hub id, in the built-in decoder where it fits and through transformers else.
 
     `dropout` is the decoder's; other models keep what their own config.json says. Raises ValueError for weights that do
     not fit their config.json and for families whose packed documents would influence each other; UnsafeModelError for
     what is a program.
     """
-    if is_builtin_directory(source):
+    if is_builtin_directory(source, trust):
         decoder = Decoder(_decoder_config_in(source, dropout))
         fill_from_files(decoder, source)
         return decoder
-    model = HFCausalLM.from_pretrained(source)
+    model = HFCausalLM.from_pretrained(source, trust)
     check_isolation(model)
     return model
 
 
-def load_skeleton(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalLM":
+def load_skeleton(source: str | Path, dropout: float = 0.0, trust: Trust = NO_TRUST) -> "Decoder | HFCausalLM":
     """The model of `load_model` without memory for its weights; once it has some, `fill_from_files` sets them."""
-    if is_builtin_directory(source):
+    if is_builtin_directory(source, trust):
         return build_skeleton(_decoder_config_in(source, dropout))
-    return HFCausalLM.skeleton(source)
+    return HFCausalLM.skeleton(source, trust)
 
 
-def is_builtin_directory(source: str | Path) -> bool:
+def is_builtin_directory(source: str | Path, trust: Trust = NO_TRUST) -> bool:
     """Whether the built-in decoder computes what lies there. Raises ValueError where nothing does."""
     if not Path(source).is_dir() and (str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))):
         raise ValueError(f"no model in {source}: there is no such directory")
-    refuse_unsafe_weights(source)
+    refuse_unsafe_weights(source, trust)
     return (Path(source) / "config.json").is_file() and is_builtin(read_config(source))
 
 
@@ -87,7 +90,9 @@ def _decoder_config_in(directory: str | Path, dropout: float) -> DecoderConfig:
         raise ValueError(f"{directory}: {error}") from None
 
 
-def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: PartOf = whole) -> None:
+def fill_from_files(
+    model: "Decoder | HFCausalLM", source: str | Path, part_of: PartOf = whole, trust: Trust = NO_TRUST
+) -> None:
     """Read the weights of a directory or a Hub id into a model, of each tensor only the part that is held here.
 
     Raises ValueError where the files are damaged or do not fit the model, naming the first differences.
@@ -100,15 +105,18 @@ def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: 
         if (own := part.detach()[in_part]).numel():
             own.copy_(values[in_values])
 
-    wanted = _wanted_tensors(model)
+    wanted, grown = _wanted_tensors(model), {id(tensor) for tensor in vocabulary_tensors(model)}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
     missing, wrong = _as_in_files(model, wanted), []
-    for file in _weight_files(source):
+    for file in _weight_files(source, trust):
         with _opened(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict
                 if name in tied:
                     continue  # some writers save the tied head a second time
                 tensor, inside, expected = missing.pop(name, (None, (), ()))
+                if added := model.added_entries if id(tensor) in grown else 0:
+                    expected = (expected[0] - added, *expected[1:])
+                    inside = (slice(0, expected[0]),)
                 shape, dtype = tuple(stored.get_slice(name).get_shape()), stored.get_slice(name).get_dtype()
                 if tensor is None:
                     wrong.append(f"{name} is not part of it")
@@ -117,11 +125,20 @@ def fill_from_files(model: "Decoder | HFCausalLM", source: str | Path, part_of: 
                 elif tensor.is_floating_point() and dtype not in FLOATS:
                     wrong.append(f"{name} holds {dtype}, not one of {', '.join(FLOATS)}")
                 else:
-                    put(stored.get_slice(name) if shape else stored.get_tensor(name), tensor, inside)
+                    values = stored.get_slice(name) if shape else stored.get_tensor(name)
+                    put(values, tensor, inside)
+                    if added:
+                        put(
+                            mean_row(values, shape[0]).expand(added, *shape[1:]),
+                            tensor,
+                            (slice(shape[0], shape[0] + added),),
+                        )
     wrong += [f"{name} is missing" for name in missing]
     if wrong and isinstance(model, HFCausalLM):  # the family stores its weights otherwise than it holds them
         logger.warning("the weights of %s have to be converted: every process holds a full copy for a moment", source)
-        converted = HFCausalLM.from_pretrained(source).inner.state_dict()
+        whole_model = HFCausalLM.from_pretrained(source, trust)
+        grow(whole_model, model.vocab_size)
+        converted = whole_model.inner.state_dict()
         for name, tensor in wanted.items():
             put(converted[name], tensor)
     elif wrong:
@@ -147,12 +164,14 @@ def _as_in_files(model: nn.Module, wanted: dict[str, Tensor]) -> dict[str, tuple
     }
 
 
-def _weight_files(source: str | Path) -> list[Path]:
+def _weight_files(source: str | Path, trust: Trust) -> list[Path]:
     directory = Path(source)
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
 
-        directory = Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+        directory = Path(
+            snapshot_download(str(source), revision=trust.revision, allow_patterns=["*.safetensors", "*.json"])
+        )
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"{source} has a config.json and no model.safetensors")
@@ -174,8 +193,10 @@ def _attention_for_transformers(
 ) -> tuple[Tensor, None]:
     """transformers' signature: (1, heads, T, head_dim) in, (1, T, heads, head_dim) out; a mask, if any, is ignored."""
     if "documents" not in kwargs:
-        raise ValueError(f"{type(module).__name__} is not told the document boundaries: {NOT_PACKABLE}")
-    cu_seqlens, document_lengths = kwargs["documents"]
+        raise ValueError(f"{type(module).__name__} is not told the document boundaries")
+    cu_seqlens, document_lengths, told = kwargs["documents"]
+    if told is not None:
+        told.append(kwargs.get("sliding_window"))
     output = document_attention(
         *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
         cu_seqlens,
@@ -199,8 +220,19 @@ def _explained(source: str | Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise ValueError(f"no model in {source}: {error}") from None
-    except KeyError as error:  # some families look their attention up in a table of their own
-        raise ValueError(f"the model in {source} takes no other attention: {NOT_PACKABLE}") from error
+    except ValueError as error:
+        if "for this kind of AutoModel" not in str(error):
+            raise
+        said = str(error).splitlines()[0]
+        raise ValueError(f"the model in {source} is no causal language model that transformers knows: {said}") from None
+
+
+def _with_our_attention(load: Callable[..., Any]) -> Any:
+    """What `load` gives with our attention, or with plain one where a family looks it up in a table that lacks ours."""
+    try:
+        return load(attn_implementation=ATTENTION_NAME)
+    except KeyError:
+        return load(attn_implementation="eager")
 
 
 def logits_already(states: Tensor) -> Tensor:
@@ -212,7 +244,7 @@ class HFCausalLM(LanguageModel):
     """A causal language model of transformers behind the decoder's contract, under its own parameter names."""
 
     def __init__(self, inner: nn.Module) -> None:
-        """`inner`: a PreTrainedModel loaded with our attention; `check_isolation` tells whether it uses it."""
+        """`inner`: a PreTrainedModel loaded with our attention; `check_isolation` finds out whether that is enough."""
         super().__init__()
         # The inner model's children become our own, and the model itself hides in a tuple, where nn.Module does not
         # look: so the names in state_dict() and named_parameters() are the inner ones, without a prefix.
@@ -224,37 +256,46 @@ class HFCausalLM(LanguageModel):
         self._routers = _routers_of(inner)
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
         self._plain_head = False
+        self.attention = inner.config._attn_implementation
+        self.reading = PACKED if self.attention == ATTENTION_NAME else APART
+        self.told: list[int | None] | None = None  # of windows, by the layers of a forward pass, if that is asked
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> "HFCausalLM":
-        """Float32 weights of a directory or a Hub id; safetensors only, and no code from the repository."""
+    def from_pretrained(cls, source: str | Path, trust: Trust = NO_TRUST) -> "HFCausalLM":
+        """Float32 weights of a directory or a Hub id; safetensors only, and code of its own only where trusted."""
         from transformers import AutoModelForCausalLM
 
         with _explained(source):
-            inner, info = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=torch.float32,
-                attn_implementation=ATTENTION_NAME,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
+            inner, info = _with_our_attention(
+                partial(
+                    AutoModelForCausalLM.from_pretrained,
+                    source,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **trust.options(),
+                )
             )
         if info["missing_keys"]:  # transformers fills them with random numbers and a warning
             raise ValueError(f"the weights in {source} lack {', '.join(sorted(info['missing_keys'])[:5])}")
         return cls(inner)
 
     @classmethod
-    def skeleton(cls, source: str | Path) -> "HFCausalLM":
+    def skeleton(cls, source: str | Path, trust: Trust = NO_TRUST) -> "HFCausalLM":
         """The same model without memory for its parameters; buffers, which no file holds, are computed."""
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         with _explained(source):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(source, **trust.options())
+            make = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
+            if trust.code and (named := (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")):
+                own_class = get_class_from_dynamic_module(named, source, code_revision=trust.revision)
+                own_class.register_for_auto_class("AutoModelForCausalLM")  # an export copies its code
+                make = own_class._from_config
             with init_empty_weights(include_buffers=False):
-                inner = AutoModelForCausalLM.from_config(
-                    config, dtype=torch.float32, attn_implementation=ATTENTION_NAME, trust_remote_code=False
-                )
+                inner = _with_our_attention(partial(make, config, dtype=torch.float32))
         inner.tie_weights()
         return cls(inner)
 
@@ -288,19 +329,72 @@ class HFCausalLM(LanguageModel):
 
     def supervised_states(self, batch: dict) -> tuple[Tensor, Head]:
         """As declared; where a family does more between states and logits than a head, the states are the logits."""
-        positions = batch["supervised_positions"]
-        arguments = {
-            "input_ids": batch["input_ids"][None],
-            "position_ids": batch["position_ids"][None],
-            "use_cache": False,
-            "documents": (batch["cu_seqlens"], batch["document_lengths"]),
-        }
+        positions, head = batch["supervised_positions"], logits_already
         if self._plain_head:
-            states = self.inner.base_model(**arguments).last_hidden_state[0, positions]
-            return states, self.inner.get_output_embeddings()
-        if self._keeps_logits:
-            return self.inner(**arguments, logits_to_keep=positions).logits[0], logits_already
-        return self.inner(**arguments).logits[0, positions], logits_already
+            head = self.inner.get_output_embeddings()
+        if self.reading == APART:
+            return self._states_apart(batch)[positions], head
+        arguments = {"input_ids": batch["input_ids"][None], "use_cache": False}
+        if self.reading == PACKED:
+            documents = batch["cu_seqlens"], batch["document_lengths"], self.told
+            arguments |= {"position_ids": batch["position_ids"][None], "documents": documents}
+        if self._keeps_logits and not self._plain_head:
+            return self.inner(**arguments, logits_to_keep=positions).logits[0], head
+        return self._states(**arguments)[0, positions], head
+
+    def _states(self, **arguments: Any) -> Tensor:
+        """(lines, T, hidden or V): what the head takes if that is all that follows, else logits."""
+        return self.inner.base_model(**arguments)[0] if self._plain_head else self.inner(**arguments).logits
+
+    def _states_apart(self, batch: dict) -> Tensor:
+        """Each document in a line of its own, the longer half of the tokens in one call and the shorter in another.
+
+        What is causal does not look at the padding, which is on the right. The number of calls depends on nothing,
+        since in each of them all processes that share a model exchange its weights.
+        """
+        lengths, embedded = batch["document_lengths"], self.input_embeddings()(batch["input_ids"][None])[0]
+        documents, states, seen = embedded.split(lengths), {}, 0
+        calls: list[list[int]] = [[] for _ in range(APART_CALLS)]
+        for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+            calls[seen * APART_CALLS // sum(lengths)].append(number)
+            seen += lengths[number]
+        for call in calls:
+            lines = pad_sequence([documents[number] for number in call] or [embedded[:1]], batch_first=True)
+            output = self._states(inputs_embeds=lines, use_cache=False)
+            states |= {number: line[: lengths[number]] for number, line in zip(call, output, strict=False)}
+            if not call:  # nothing of it counts, and the backward pass still comes by
+                states[len(lengths)] = output[0, :0]
+        return torch.cat([states[number] for number in sorted(states)])
+
+    def read_apart(self) -> None:
+        """Compute the documents of a row apart from now on, with an attention that the family has."""
+        if self.reading == PACKED:  # else it has been made with the one that it has
+            self.attention = "sdpa" if self.inner._supports_sdpa else "eager"
+        self.reading, self._plain_head, self._routers = APART, False, []
+        self.config._attn_implementation = self.attention  # also where only the mask follows it, as in BLOOM
+
+    def use_plain_head(self, probe: Callable[[], Tensor]) -> None:
+        """Apply the head outside, in chunks, if it is given the states themselves and gives the logits themselves.
+
+        `probe` makes some logits.
+        """
+        base, head, keeps_logits = self.inner.base_model, self.inner.get_output_embeddings(), self._keeps_logits
+        if base is self.inner:
+            return
+        given, states, made, logits = [], [], [], []
+        hooks = [
+            head.register_forward_hook(lambda *call: given.append(call[1][0])),
+            head.register_forward_hook(lambda *call: made.append(call[2])),
+            base.register_forward_hook(lambda *call: states.append(call[2][0])),
+            self.inner.register_forward_hook(lambda *call: logits.append(call[2].logits)),
+        ]
+        self._keeps_logits = self._plain_head = False
+        probe()
+        self._keeps_logits = keeps_logits
+        for hook in hooks:
+            hook.remove()
+        pairs = list(zip([*states, *made], [*given, *logits], strict=False))
+        self._plain_head = len(pairs) == 2 * len(states) and all(torch.equal(a, b) for a, b in pairs)
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -313,10 +407,14 @@ class HFCausalLM(LanguageModel):
     def input_embeddings(self) -> nn.Module:
         return self.inner.get_input_embeddings()
 
+    def vocabulary_modules(self) -> list[nn.Module]:
+        return [self.inner.get_input_embeddings(), self.inner.get_output_embeddings()]
+
     def shard_units(self) -> list[nn.Module]:
-        """The modules to shard one by one, in forward order."""
-        names = set(self.inner._no_split_modules or ())
-        return [module for module in self.modules() if type(module).__name__ in names]
+        """The modules to shard one by one, in forward order; of those that lie inside each other the outermost."""
+        kinds = set(self.inner._no_split_modules or ())
+        units = {name: module for name, module in self.named_modules() if type(module).__name__ in kinds}
+        return [unit for name, unit in units.items() if not any(name.startswith(f"{other}.") for other in units)]
 
     def parameter_counts(self) -> tuple[int, int]:
         """(body, head) as the decoder counts them; every expert of a mixture counts as used."""
@@ -333,59 +431,3 @@ def _routers_of(inner: Any) -> list[nn.Module]:
     if any(name.endswith(".experts") for name, _ in inner.named_modules()):
         logger.warning("%s: the balance of its experts is not trained (no term aux)", type(inner).__name__)
     return []
-
-
-def check_isolation(model: HFCausalLM, tolerance: float = 1e-3) -> None:
-    """Raise ValueError unless a packed document gets the model's own logits and no influence from its neighbour.
-
-    One trial instead of a list of families: some never call the attention that they are given, some carry state from
-    token to token, some do more to the scores than they say. Influence is a gradient that is not exactly zero: equal
-    logits would be too much to ask of a mixture, whose matrix products change their shape, and so their rounding.
-    `tolerance`: largest difference from the logits of a document alone, as a share of the largest logit.
-    """
-    numbers = torch.Generator().manual_seed(0)
-    first, second = torch.randint(1, model.vocab_size, (2, PROBE_TOKENS), generator=numbers)
-    training, family = model.training, type(model.inner).__name__
-    model.eval()
-    embedded: list[Tensor] = []
-    hook = model.input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]))
-    try:
-        packed = _last_logits(model, [first, second])
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{family} fails on packed documents ({error}): {NOT_PACKABLE}") from error
-    hook.remove()
-    (influence,) = torch.autograd.grad(packed.square().sum(), embedded)
-    if influence[0, :PROBE_TOKENS].any():
-        raise ValueError(f"one packed document changes the logits of another in {family}: {NOT_PACKABLE}")
-    with torch.no_grad():
-        model.inner.set_attn_implementation("eager")
-        alone = _last_logits(model, [second])
-        model.inner.set_attn_implementation(ATTENTION_NAME)
-        difference, size = (packed - alone).abs().max().item(), alone.abs().max().item()
-        if not difference <= tolerance * size:  # also false for NaN
-            raise ValueError(f"{family} computes other logits packed than alone ({difference:.2g} off): {NOT_PACKABLE}")
-        if model.inner.base_model is not model.inner:
-            # The head may be applied outside, in chunks, if nothing but the head stands between states and logits.
-            model._plain_head = True
-            model._plain_head = torch.equal(_last_logits(model, [first, second]), packed)
-    model.train(training)
-
-
-def _last_logits(model: HFCausalLM, documents: list[Tensor]) -> Tensor:
-    """Logits (tokens, V) of the last of some packed documents."""
-    lengths, device = [len(document) for document in documents], model.inner.get_input_embeddings().weight.device
-    batch = {
-        "input_ids": torch.cat(documents).to(device),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths]).to(device),
-        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
-        "document_lengths": lengths,
-        "supervised_positions": torch.arange(sum(lengths) - lengths[-1], sum(lengths)).to(device),
-    }
-    logits: list[Tensor] = []
-
-    def collect(chunk: Tensor, positions: slice) -> dict[str, Tensor]:
-        logits.append(chunk)
-        return {}
-
-    model(batch, collect)
-    return torch.cat(logits)

@@ -39,6 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--max_new_tokens", metavar="N", type=positive, default=512, help="longest answer in tokens (default 512)")
     flag("--seed", metavar="N", type=int, default=42, help="seed of the draws at a temperature above 0 (default 42)")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA where there is one (default)")
+    flag("--trust_remote_code", action="store_true", help="run the code that lies beside the weights")
     return parser.parse_args(argv)
 
 
@@ -91,11 +92,12 @@ class Talk:
 
     def answer(self, text: str, interruptible: bool) -> None:
         """Write the answer as it comes and remember it. Raises ValueError where the context has no room for one."""
+        from model.choose import known_positions
         from model.generate import generate_stream
 
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = self.renderer.prompt_ids(asked)
-        context = self.model.config.max_position_embeddings
+        context = known_positions(self.model)
         room = context + 1 - len(prompt)  # the last new token is never read, so it takes no position
         if room < 1:
             raise ValueError(f"the conversation has {len(prompt)} tokens, the context of this model only {context}")
@@ -129,6 +131,7 @@ def load(options: argparse.Namespace) -> Talk:
     from model.choose import exported_directory, load_tokenizer
     from model.generate import Sampling
     from model.loading import load_model
+    from model.trust import Trust
     from training.process import choose_device
 
     for text in filter(None, [options.system, *(options.prompt or [])]):
@@ -137,7 +140,9 @@ def load(options: argparse.Namespace) -> Talk:
     directory = exported_directory(options.directory)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     device = choose_device(options.device)
-    model, tokenizer = load_model(directory).to(device), load_tokenizer(str(directory))
+    trust = Trust(code=options.trust_remote_code)
+    model = load_model(directory, trust=trust).to(device)
+    tokenizer = load_tokenizer(str(directory), trust=trust)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     hint(f"{directory}: {parameters:,} parameters on {device}" + ("" if options.prompt else f"; {COMMANDS}"))
     first = [{"role": "system", "content": options.system}] if options.system else []

@@ -160,7 +160,8 @@ def sizes_of_run(config: Config) -> tuple[Sizes | None, list[Finding]]:
         if wanted.from_weight != "none" and not Path(wanted.from_weight).is_dir():
             words = f"--from_weight {wanted.from_weight}: its size is known once it is downloaded"
             return None, [Finding(OK, "model", words)]
-        tokenizer = load_tokenizer(choose_tokenizer(config.tokenizer, wanted.from_weight), config.chat_template)
+        source = choose_tokenizer(config.tokenizer, wanted.from_weight)
+        tokenizer = load_tokenizer(source, config.chat_template, wanted.trust_in(source))
         sizes = sizes_of(wanted, len(tokenizer))
     except (OSError, ValueError) as error:
         return None, [Finding(ERROR, "model", str(error), "see --from_weight, --tokenizer, --chat_template")]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from dataset.files import read_rows
 from dataset.layouts import LAYOUTS
 from dataset.reader import BAD_ROWS, OVERLONG, DataError, UnsafeDataError
-from model.trust import UnsafeModelError
+from model.trust import Trust, UnsafeModelError
 from training.config import Config
 from training.files import replace_json
 from training.metrics import strict
@@ -55,6 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--batch_size", metavar="N", type=positive, default=32, help="conversations answered at once (default 32)")
     flag("--out", metavar="FILE", type=Path, help="where to write the result (default evaluation.json in the run)")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = CUDA where there is one (default)")
+    flag("--trust_remote_code", action="store_true", help="run the code that lies beside the weights")
     flag("--show", metavar="N", type=int, default=0, help="print N answers, spread evenly over the file")
     flag("--cache_dir", metavar="DIR", type=Path, default=Config.cache_dir, help="directory of the tokenised data")
     return parser.parse_args(argv)
@@ -94,10 +95,11 @@ def read_cases(path: Path, store: Any, limit: int | None) -> list[Case]:
 
 def answer_all(model: Any, prompts: list[list[int]], longest: int, batch_size: int, ends: set[int]) -> list[Any]:
     """(ids of the greedy answer, whether it was cut) for each prompt; none outgrows the context of the model."""
+    from model.choose import known_positions
     from model.generate import generate
 
     results: dict[int, tuple[list[int], bool]] = {}
-    context = model.config.max_position_embeddings + 1  # the last new token is never read, so it takes no position
+    context = known_positions(model) + 1  # the last new token is never read, so it takes no position
     rooms = [min(longest, context - len(prompt)) for prompt in prompts]
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # like lengths share a batch
     while waiting:
@@ -145,14 +147,16 @@ def evaluate(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """What becomes evaluation.json, with every answer as an example. Raises ValueError, DataError for unusable rows."""
     from dataset.demo import write_demo
     from dataset.prepare import DataOptions, prepare
-    from model.choose import load_tokenizer
+    from model.choose import known_positions, load_tokenizer
     from model.loading import load_model
     from training.process import choose_device
 
     device = choose_device(options.device)
-    model, tokenizer = load_model(directory).to(device).eval(), load_tokenizer(str(directory))
+    trust = Trust(code=options.trust_remote_code)
+    model = load_model(directory, trust=trust).to(device).eval()
+    tokenizer = load_tokenizer(str(directory), trust=trust)
     path = write_demo(options.cache_dir / "demo")[1] if options.data_path == "demo" else Path(options.data_path)
-    context = model.config.max_position_embeddings
+    context = known_positions(model)
     wanted = DataOptions(
         options.prompt_field, options.response_field, options.system_field, max_seq_len=context,
         data_format=options.data_format, bad_rows=options.bad_rows, overlong=options.overlong,

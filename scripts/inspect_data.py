@@ -107,13 +107,13 @@ def draw_lengths(rows: Any, max_seq_len: int, path: Path) -> None:
 def inspect(options: argparse.Namespace, config: Any) -> None:
     from dataset.chat import show
     from dataset.ledger import report_lines
-    from model.choose import choose_tokenizer, load_tokenizer, weights_source
+    from model.choose import ModelRequest, choose_tokenizer, load_tokenizer
     from train_full_sft import load_data
     from training.stages import read_stages
 
-    tokenizer = load_tokenizer(
-        choose_tokenizer(config.tokenizer, weights_source(config.from_weight)), config.chat_template
-    )
+    wanted = ModelRequest(**config.model_request)
+    source = choose_tokenizer(config.tokenizer, wanted.from_weight)
+    tokenizer = load_tokenizer(source, config.chat_template, wanted.trust_in(source))
     data = load_data(config, read_stages(config), tokenizer, owner=True, echo=lambda line: print(line, file=sys.stderr))
     rows = data.train
     samples = chosen_samples(rows, options.samples, options.line, data.rejects)

@@ -56,14 +56,15 @@ def draw(plan: Any, path: Path) -> None:
 
 def plan_of(config: Any, processes: int) -> Any:
     """The plan of the run that these flags would start with so many processes."""
-    from model.choose import choose_tokenizer, load_tokenizer, weights_source
+    from model.choose import ModelRequest, choose_tokenizer, load_tokenizer
     from train_full_sft import load_data
     from training.plan import make_plan, rows_per_step
     from training.stages import check_terms, read_stages
     from training.state import LoopState
 
-    source = choose_tokenizer(config.tokenizer, weights_source(config.from_weight))
-    stages, tokenizer = read_stages(config), load_tokenizer(source, config.chat_template)
+    wanted = ModelRequest(**config.model_request)
+    source = choose_tokenizer(config.tokenizer, wanted.from_weight)
+    stages, tokenizer = read_stages(config), load_tokenizer(source, config.chat_template, wanted.trust_in(source))
     check_terms(stages)
     data = load_data(config, stages, tokenizer, owner=True, echo=lambda line: print(line, file=sys.stderr))
     return make_plan(stages, data.train.rows_of, rows_per_step(stages, processes, ()), LoopState())

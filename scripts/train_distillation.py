@@ -35,7 +35,14 @@ def weights_of_terms(loss_weights: str, alpha: float | None) -> str:
 def distill(config: Config) -> dict[str, Any]:
     """`train_full_sft.run` with a teacher. Raises what that raises, and ValueError for a teacher that does not fit."""
     import train_full_sft
-    from model.choose import ModelRequest, choose_model, choose_tokenizer, load_tokenizer, weights_source
+    from model.choose import (
+        ModelRequest,
+        choose_model,
+        choose_tokenizer,
+        known_positions,
+        load_tokenizer,
+        weights_source,
+    )
     from model.distillation import check_teacher, fingerprint, make_distillation_objective
     from model.loading import load_model
     from trainer_utils import environment_rank
@@ -59,12 +66,13 @@ def distill(config: Config) -> dict[str, Any]:
     config = replace(config, loss_weights=weights_of_terms(config.loss_weights, config.alpha))
 
     source, wanted = weights_source(config.teacher), ModelRequest(**config.model_request)
-    tokenizer = load_tokenizer(choose_tokenizer(config.tokenizer, wanted.from_weight), config.chat_template)
+    tokenizer_source = choose_tokenizer(config.tokenizer, wanted.from_weight)
+    tokenizer = load_tokenizer(tokenizer_source, config.chat_template, wanted.trust_in(tokenizer_source))
     student = choose_model(wanted, len(tokenizer), empty=True)
     teacher = load_model(source)
     check_teacher(student, teacher, tokenizer, load_tokenizer(source))
-    known = getattr(teacher.config, "max_position_embeddings", None)
-    if known is not None and config.max_seq_len > known:
+    known = known_positions(teacher)
+    if config.max_seq_len > known:
         raise ValueError(f"--max_seq_len {config.max_seq_len}: the teacher knows {known} positions")
     taught_by = f"teacher {fingerprint(teacher)}"
 

@@ -99,7 +99,7 @@ class ServerProcess:
 
     def __init__(self, runs_dir: Path, launcher: str = "stub"):
         from scripts.dashboard.security import make_token
-        from tests.small_world import free_port
+        from scripts.ranks import free_port
 
         runs_dir.mkdir(exist_ok=True)
         self.launcher = launcher

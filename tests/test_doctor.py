@@ -283,7 +283,7 @@ def test_a_node_with_a_directory_of_its_own_is_named(tmp_path):
 def test_two_nodes_of_torchrun_agree(tmp_path):
     import subprocess
 
-    from tests.small_world import free_port
+    from scripts.ranks import free_port
 
     port, rows = free_port(), write_rows(tmp_path / "rows.jsonl")
     words = [f"--data_path={rows}", f"--save_dir={tmp_path}/run", "--device=cpu", "--batch_size=1", "--hidden_size=16"]

@@ -282,13 +282,6 @@ def test_a_family_that_balances_otherwise_is_told_of(tmp_path, caplog):
     assert network.term_weights == {}
 
 
-@pytest.mark.parametrize(("family", "changes"), [("Bloom", {"n_head": 4, "n_layer": 2}), ("Mamba", {"state_size": 4})])
-def test_families_that_mix_documents_are_refused(tmp_path, family, changes):
-    foreign(tmp_path / "model", family, **changes)
-    with pytest.raises(ValueError, match=f"{family}ForCausalLM: this family cannot be packed yet"):
-        load_model(tmp_path / "model")
-
-
 def test_weights_that_transformers_would_make_up_are_refused(tmp_path):
     foreign(tmp_path / "model", "Mistral")
     stored = load_file(tmp_path / "model" / "model.safetensors")

@@ -90,7 +90,7 @@ def test_the_core_stays_small_enough_to_read():
     assert max(lengths.values()) <= 450
     written = {name: lines_of_code(text) for name, text in texts.items()}
     watching = sum(written.pop(name) for name in WATCHING)
-    assert sum(written.values()) <= 7200, written
+    assert sum(written.values()) <= 7440, written
     assert watching <= 1600, watching
     assert lines_of_code('"""A\n\nB."""\n# c\n\nx = """\n"""  # d\n') == 2
 
@@ -137,7 +137,12 @@ def risks_of(text: str) -> list[str]:
 
 
 def test_nothing_reads_code_as_data():
-    assert not {str(p): risks for p in FILES if room_of(p) != "tests" and (risks := risks_of(p.read_text()))}
+    found = {
+        str(p.relative_to(ROOT)): [risk.split(": ")[1] for risk in risks]
+        for p in FILES
+        if room_of(p) != "tests" and (risks := risks_of(p.read_text()))
+    }
+    assert found == {"model/trust.py": ["trust_remote_code="]}  # where a user's word for it becomes an argument
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from tests.small_world import FORKS, _train_rank, free_port, log_of, records_of, result_of, train, write_rows
+from scripts.ranks import FORKS, free_port, train_rank
+from tests.small_world import log_of, records_of, result_of, train, write_rows
 from training.figures import new_figure, save_figure
 from training.metrics import read_records
 from training.plots import PLOTS, Curves, thinned
@@ -100,7 +101,7 @@ def be_alone(port, rows, save_dir):
     from tests.small_world import TINY
 
     more = {"data_path": str(rows), "cache_dir": str(save_dir.parent / "cache"), "report": 1, "save_dir": str(save_dir)}
-    _train_rank(0, {**TINY, **more, "epochs": 1000, "save_interval": "10000"}, str(save_dir), None)
+    train_rank(0, {**TINY, **more, "epochs": 1000, "save_interval": "10000"}, str(save_dir), None)
 
 
 def test_a_report_is_written_during_a_run_by_another_process(rows, tmp_path):

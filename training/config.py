@@ -7,8 +7,10 @@ who leaves. This module imports neither torch nor transformers: `--help` must be
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from training.flags import INTERVAL, ConfigError, convert, did_you_mean, field_problems, flag
@@ -36,6 +38,7 @@ SHAPE_FLAGS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "qk_norm",
     "num_experts", *EXPERT_FLAGS,
 )  # fmt: skip
+COMMIT = re.compile("[0-9a-f]{40}")
 PRESET_EXPERTS = 8  # of --use_moe; the model derives the rest
 
 DATA_FLAGS = (
@@ -87,6 +90,8 @@ class Config:
     persistent_workers: bool = flag(False, "keep the workers between epochs", group="data")
 
     from_weight: str = flag("none", "weights to start from: a directory in Hugging Face layout, a Hub id, or none", group="model")
+    revision: str | None = flag(None, "revision of the Hub id in --from_weight (branch, tag or commit), also for its tokenizer", group="model")
+    trust_remote_code: bool = flag(False, "run the code that --from_weight brings along; of a Hub id only with a commit of 40 hex digits as --revision", group="model")
     tokenizer: str | None = flag(None, "tokenizer directory or Hub id (default: that of --from_weight, else model/tokenizer)", group="model")
     chat_template: str | None = flag(None, "file with a Jinja chat template, instead of the tokenizer's own", group="model")
     hidden_size: int | None = flag(None, "width of the model, default 512", group="model", minimum=1)
@@ -228,6 +233,16 @@ class Config:
             problems.append("--amsgrad belongs to --optimizer adam or adamw")
         if self.init != "fan_in" and self.from_weight != "none":
             problems.append(f"--init {self.init} draws new weights, and --from_weight {self.from_weight} has some")
+        local = self.from_weight == "none" or Path(self.from_weight).is_dir()
+        if self.revision and local:
+            problems.append(f"--revision {self.revision} is of a Hub id, and --from_weight {self.from_weight} is none")
+        if self.trust_remote_code and self.from_weight == "none":
+            problems.append("--trust_remote_code needs --from_weight, which brings the code along")
+        if self.trust_remote_code and not local and not COMMIT.fullmatch(self.revision or ""):
+            problems.append(
+                f"--trust_remote_code runs what {self.from_weight} holds: name the commit that you have read, --revision "
+                f"with 40 hex digits, not {self.revision}"
+            )
         if not (self.use_moe or self.num_experts) and self.from_weight == "none":
             given = [name for name in EXPERT_FLAGS if getattr(self, name) is not None]
             problems += [f"--{name} needs --num_experts or --use_moe 1" for name in given]
@@ -290,7 +305,7 @@ class Config:
     @property
     def model_request(self) -> dict[str, Any]:
         """Which model a run trains."""
-        names = ("from_weight", "dropout", "seed", "init")
+        names = ("from_weight", "dropout", "seed", "init", "revision", "trust_remote_code")
         return {**{name: getattr(self, name) for name in names}, "shape": self.shape}
 
     @property

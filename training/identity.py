@@ -29,9 +29,10 @@ def identity_of(
     config = stages[0].config
     follows = config.lr_adapt != "none" or config.keep_best > 0
     schedule = (*SCHEDULE_FLAGS, *(OBSERVED_FLAGS if follows else ()))
+    revision = f" at {config.revision}" if config.revision else ""
     measured_on = f" | measured on {held_out}" if follows else ""
     return {
-        "model": f"{model}, dropout {config.dropout}, from {config.from_weight}, {config.init}",
+        "model": f"{model}, dropout {config.dropout}, from {config.from_weight}{revision}, {config.init}",
         "seed": config.seed,
         "schedule": " | ".join(f"{_said(stage.config, schedule)}, {stage.epochs} epochs" for stage in stages)
         + measured_on,

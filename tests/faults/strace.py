@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
+from scripts.ranks import FORKS
 from tests.faults.savers import run_when_told
-from tests.small_world import FORKS
 
 # A question mark before a name: some machines lack the call.
 CHANGING = (

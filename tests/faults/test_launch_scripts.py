@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_world import TINY, free_port, write_rows
+from scripts.ranks import free_port
+from tests.small_world import TINY, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

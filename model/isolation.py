@@ -1,0 +1,129 @@
+"""Whether a model of transformers keeps packed documents apart, found out by trying it instead of by a list of names.
+
+Some families never call the attention that they are given, some carry state from token to token, some do more to the
+scores than they say. What fails the trial computes its documents side by side, each in a line of its own, and is tried
+again; what fails then too is no causal language model.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger("train")
+
+PROBE_TOKENS = (7, 5)  # of the two documents that a model is tried on
+# How a model reads a batch: all documents in one line, each in a line of its own, or one document as its makers would.
+PACKED, APART, PLAIN = "packed", "apart", "plain"
+
+
+def check_isolation(model: Any, tolerance: float = 1e-3) -> None:
+    """Let the model pack if it can, else let it compute documents apart and say so; ValueError where neither is right.
+
+    `model`: an HFCausalLM. `tolerance`: largest difference from the logits that the model gives a document alone with
+    its own attention, as a share of the largest logit.
+    """
+    family, training = type(model.inner).__name__, model.training
+    model.eval()
+    reason = _fault(model, tolerance) if model.reading == PACKED else "it takes no attention but its own"
+    if reason:
+        model.read_apart()
+        if fault := _fault(model, tolerance):
+            raise ValueError(f"{family} is no causal language model that this kit could train: {fault}")
+        logger.warning(
+            "%s cannot be packed: %s. The documents of a row are computed side by side, padded on the right, which is "
+            "exact and slower", family, reason,
+        )  # fmt: skip
+    model.train(training)
+
+
+def _fault(model: Any, tolerance: float) -> str | None:
+    """What is wrong with how the model reads two documents, None if nothing is.
+
+    Influence is a gradient that is not exactly zero: equal logits would be too much to ask of a mixture, whose matrix
+    products change their shape, and so their rounding.
+    """
+    numbers = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(1, model.vocab_size, (length,), generator=numbers) for length in PROBE_TOKENS)
+    embedded: list[Tensor] = []
+    hook = model.input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]))
+    told: list[int | None] = []
+    model.told = told
+    try:
+        logits = _last_logits(model, [first, second])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return f"it fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    finally:
+        hook.remove()
+        model.told = None
+    if model.reading == PACKED and (fault := _fault_of_layers(model.config.get_text_config(), told)):
+        return fault
+    (influence,) = torch.autograd.grad(logits[:-1].square().sum(), embedded)
+    if influence[0, : len(first)].any():
+        return "one document changes the logits of another"
+    if influence[0, -1].any():
+        return "a token changes the logits of those before it"
+    with torch.no_grad():
+        with _as_its_makers_do(model):
+            alone = _last_logits(model, [second])
+        difference, size = (logits - alone).abs().max().item(), alone.abs().max().item()
+        if not difference <= tolerance * size:  # also false for NaN
+            return f"it computes other logits than alone ({difference:.2g} off)"
+        model.use_plain_head(lambda: _last_logits(model, [first, second]))
+    return None
+
+
+def _fault_of_layers(config: Any, told: list[int | None]) -> str | None:
+    """What config.json says of the layers and our attention was not told; the trial is too short for it to show."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        windows = [bool(getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))]
+        told = [max(told, key=bool, default=None)]
+    elif other := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        return f"it has layers of {', '.join(other)}, which know of no documents"
+    else:
+        windows = [kind == "sliding_attention" for kind in kinds]
+    return None if [*map(bool, told)] == windows else "its layers do not say which of them have a window"
+
+
+@contextmanager
+def _as_its_makers_do(model: Any) -> Iterator[None]:
+    reading, model.reading = model.reading, PLAIN
+    try:
+        with its_own_attention(model):
+            yield
+    finally:
+        model.reading = reading
+
+
+@contextmanager
+def its_own_attention(model: Any) -> Iterator[None]:
+    """The attention that every family has, which understands caches and padding masks."""
+    model.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = model.attention
+
+
+def _last_logits(model: nn.Module, documents: list[Tensor]) -> Tensor:
+    """Logits (tokens, V) of the last of some documents in a row."""
+    lengths, device = [len(document) for document in documents], next(model.parameters()).device
+    batch = {
+        "input_ids": torch.cat(documents).to(device),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).to(device),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
+        "document_lengths": lengths,
+        "supervised_positions": torch.arange(sum(lengths) - lengths[-1], sum(lengths)).to(device),
+    }
+    logits: list[Tensor] = []
+
+    def collect(chunk: Tensor, positions: slice) -> dict[str, Tensor]:
+        logits.append(chunk)
+        return {}
+
+    model(batch, collect)
+    return torch.cat(logits)

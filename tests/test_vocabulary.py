@@ -1,0 +1,118 @@
+"""A tokenizer with more entries than the model: the new rows are the mean of the old ones, wherever they are held."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from model.choose import ModelRequest, choose_model, fill_model
+from model.decoder import Decoder
+from model.export import export_model
+from model.parts import whole
+from model.vocabulary import grow, mean_row
+from tests.small_world import TINY, result_of, resume_from, train, write_rows
+from tests.test_export import TOKENIZER, foreign
+from tests.tiny_model import logits_of, pack, tiny, tokens
+
+MODELS = {
+    "tied decoder": lambda path: export_model(path, tiny(), TOKENIZER),
+    "decoder": lambda path: export_model(path, tiny(tie_word_embeddings=False), TOKENIZER),
+    "Mistral": lambda path: foreign(path, "Mistral"),
+    "Gemma3Text": lambda path: foreign(path, "Gemma3Text"),  # tied, and its embeddings are a class of their own
+    "Phi": lambda path: foreign(path, "Phi", num_key_value_heads=4),  # its head has a bias
+    "Mamba": lambda path: foreign(path, "Mamba", state_size=4),
+}
+UNTIED = ("decoder", "Mistral", "Phi")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_new_rows_are_the_mean_of_the_old_ones(tmp_path, kind, caplog):
+    from transformers import AutoModelForCausalLM
+
+    MODELS[kind](tmp_path / "model")
+    request = ModelRequest(from_weight=str(tmp_path / "model"))
+    plain = choose_model(request, 97)
+    assert "are added" not in caplog.text and plain.added_entries == 0
+    larger = choose_model(request, 103)
+    assert "has 103 entries, the vocabulary of" in caplog.text and "6 are added" in caplog.text
+    assert larger.vocab_size == larger.config.vocab_size == 103
+    before, after = plain.state_dict(), larger.state_dict()
+    assert list(before) == list(after) and len(larger.vocabulary_modules()) == 2
+    for name, tensor in before.items():
+        assert torch.equal(after[name][: len(tensor)], tensor), name
+        if len(after[name]) > len(tensor):
+            mean = tensor.double().mean(0)
+            torch.testing.assert_close(after[name][97:], mean.expand(6, *mean.shape).float(), rtol=0, atol=1e-6)
+    assert (larger.lm_head.weight is larger.input_embeddings().weight) == (kind not in UNTIED)
+
+    document = tokens(20)
+    logits = [logits_of(model.eval(), pack([document])) for model in (plain, larger)]
+    assert torch.equal(logits[0], logits[1][:, :97]) or (logits[0] - logits[1][:, :97]).abs().max() < 1e-5
+
+    shared = choose_model(request, 103, empty=True)
+    shared._apply(lambda tensor: torch.empty_like(tensor, device="cpu").fill_(9) if tensor.is_meta else tensor)
+    if kind not in UNTIED:
+        shared.lm_head.weight = shared.input_embeddings().weight
+    fill_model(shared, request, whole, 1e-3)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in shared.state_dict().items())
+
+    export_model(tmp_path / "final", larger, TOKENIZER)
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["vocab_size"] == 103
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(theirs.get_input_embeddings().weight, larger.input_embeddings().weight)
+    assert choose_model(ModelRequest(from_weight=str(tmp_path / "final")), 103).added_entries == 0
+
+
+def test_a_process_may_hold_any_part_of_a_larger_table(tmp_path):
+    """The first rows, old and new ones, new ones alone, none."""
+    MODELS["decoder"](tmp_path / "model")
+    request = ModelRequest(from_weight=str(tmp_path / "model"))
+    expected = choose_model(request, 103).state_dict()
+    for first, end in ((0, 50), (90, 99), (98, 103), (103, 103)):
+        model, held = choose_model(request, 103, empty=True), {}
+
+        def part_of(tensor, held=held, first=first, end=end):
+            low, high = min(first, len(tensor)), min(end, len(tensor))
+            part = torch.full((high - low, *tensor.shape[1:]), torch.nan)
+            return held.setdefault(id(tensor), part), (low, *[0] * (tensor.dim() - 1))
+
+        fill_model(model, request, part_of, 1e-3)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(held[id(parameter)], expected[name][first:end]), name
+
+
+def test_the_mean_is_that_of_all_rows_and_does_not_grow_with_them():
+    table = torch.full((10_000, 3), 0.1)
+    assert torch.equal(mean_row(table, 10_000), torch.full((3,), 0.1))
+    model = tiny()
+    grow(model, 90)
+    assert isinstance(model, Decoder) and model.vocab_size == 97
+
+
+def test_a_run_with_new_tokens_resumes_exactly_whole_and_shared(tmp_path):
+    from transformers import AutoTokenizer
+
+    foreign(tmp_path / "model", "Mistral", vocab_size=6400, max_position_embeddings=128)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer.add_tokens(["<|new|>", "<|newer|>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    flags = {
+        "data_path": str(write_rows(tmp_path / "rows.jsonl", 8)), "from_weight": str(tmp_path / "model"), "epochs": 1,
+        "tokenizer": str(tmp_path / "tokenizer"), "dropout": 0, "save_interval": "2", "batch_size": 2,
+        **{name: None for name in TINY if name in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+        "intermediate_size": None,
+    }  # fmt: skip
+    for strategy in ("ddp", "fsdp"):
+        assert train(2, tmp_path / strategy, strategy=strategy, **flags) == [0, 0]
+    copy = resume_from(tmp_path / "fsdp", 2, tmp_path / "again" / "fsdp")
+    shutil.copy(tmp_path / "rows.jsonl", tmp_path / "again")
+    assert train(2, copy, strategy="fsdp", from_resume="1", **flags) == [0, 0]
+    assert result_of(copy) == result_of(tmp_path / "fsdp")
+    config = json.loads((copy / "final" / "config.json").read_text())
+    assert config["vocab_size"] == 6402
+    losses = [
+        [r["train/loss"] for r in result_of(tmp_path / s)["records"] if "train/loss" in r] for s in ("ddp", "fsdp")
+    ]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=1e-5)
