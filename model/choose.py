@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.decoder import Decoder, DecoderConfig
-from model.loading import build_model, build_skeleton, check_isolation, fill_from_files, load_model, load_skeleton
+from model.loading import (
+    build_model,
+    build_skeleton,
+    check_isolation,
+    fill_from_files,
+    load_model,
+    load_skeleton,
+    weight_files,
+)
+from model.lora import add_adapters, fill_adapters
 from model.parts import PartOf
 from model.trust import UnsafeModelError, refuse_unsafe_tokenizer
 
@@ -59,6 +69,7 @@ class ModelRequest:
     dropout: float = 0.0
     seed: int = 0
     init: str = "fan_in"
+    lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha, targets and dropout of adapters, if it has any
 
     def __post_init__(self) -> None:
         self.from_weight = weights_source(self.from_weight)
@@ -89,6 +100,10 @@ def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False) ->
         )
     if problems:
         raise ValueError("\n".join(problems))
+    if request.lora:
+        add_adapters(model, from_weight, partial(choose_model, replace(request, lora={}), vocab_size), **request.lora)
+        if not empty:
+            fill_adapters(model, weight_files(from_weight), request.seed)
     return model
 
 
@@ -101,6 +116,8 @@ def fill_model(model: Any, request: ModelRequest, part_of: PartOf, tolerance: fl
         model.initialise(torch.Generator().manual_seed(request.seed), part_of, request.init)
         return
     fill_from_files(model, request.from_weight, part_of)
+    if request.lora:
+        fill_adapters(model, weight_files(request.from_weight), request.seed, part_of)
     if not isinstance(model, Decoder):
         check_isolation(model, tolerance)
 
@@ -134,15 +151,17 @@ def sizes_of(request: ModelRequest, vocab_size: int) -> dict[str, int] | None:
         return None
     names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
     known = {name: value or 0 for name, value in shape_of(model, names).items()}
-    return {**known, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {**known, "parameters": sum(parameter.numel() for parameter in model.parameters()), "trained": trained}
 
 
 def describe_model(model: Any) -> str:
-    """What the model computes, in a line: two models that differ in more than their weights differ in it."""
+    """What the model computes, in a line: two models that differ in more than the trained weights differ in it."""
+    adapters = f", {model.adapters.describe()}" if model.adapters else ""
     if isinstance(model, Decoder):
-        return ", ".join(f"{name} {value}" for name, value in model.config.to_dict().items())
+        return ", ".join(f"{name} {value}" for name, value in model.config.to_dict().items()) + adapters
     config = json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str)
-    return f"{type(model.inner).__name__} {hashlib.sha256(config.encode()).hexdigest()[:16]}"
+    return f"{type(model.inner).__name__} {hashlib.sha256(config.encode()).hexdigest()[:16]}{adapters}"
 
 
 def exported_directory(path: Path) -> Path:

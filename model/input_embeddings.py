@@ -19,6 +19,7 @@ class LanguageModel(nn.Module):
     """What objectives use of a model besides `model(batch, terms)`."""
 
     vocab_size: int
+    adapters: Any = None  # see model/lora.py
 
     @property
     def term_weights(self) -> dict[str, float]:
@@ -77,7 +78,7 @@ def with_gradient_penalty(objective: Objective) -> Objective:
             return objective(model, batch)
         embedded: list[Tensor] = []
         with (
-            embeddings_of(model).register_forward_hook(lambda *call: embedded.append(call[2])),
+            embeddings_of(model).register_forward_hook(lambda *call: embedded.append(call[2].requires_grad_())),
             twice_differentiable(model),
         ):
             terms = objective(model, batch)
