@@ -29,7 +29,6 @@ def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str
         *((("LoRA", _adapters(config)),) if config.get("lora_rank") else ()),
         *((name.replace("/", " ").replace("_", " "), f"{value:.4f}") for name, value in results.items()),
     ]
-    apart = "The model with its adapters merged into it; they alone are in `adapter/`.\n\n" if config.get("lora_rank") else ""
     sources = ", ".join(f"`{source['path']}`" for source in train["sources"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""---
@@ -41,7 +40,7 @@ pipeline_tag: text-generation
 
 Supervised fine-tuning on the assistant turns of {sources}.
 
-{apart}| | |
+| | |
 |---|---|
 {table}
 
@@ -61,4 +60,4 @@ print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_t
 
 def _adapters(config: dict[str, Any]) -> str:
     alpha, targets = config["lora_alpha"] or 2 * config["lora_rank"], config["lora_targets"] or "all linear layers"
-    return f"rank {config['lora_rank']}, alpha {alpha}, {targets}"
+    return f"rank {config['lora_rank']}, alpha {alpha}, {targets}, merged; the adapters alone are in `adapter/`"

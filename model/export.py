@@ -15,7 +15,7 @@ from torch import Tensor
 from model.decoder import Decoder, DecoderConfig
 from model.families import config_json, unstacked
 from model.loading import HFCausalLM, weight_files
-from model.lora import Adapters, base_name, digest_of, merged, write_adapters
+from model.lora import Adapters, base_name, digest_of, merge, write_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -76,11 +76,12 @@ def export_model(
 def _with_adapters(
     adapters: Adapters, trained: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[Decoder | HFCausalLM, dict[str, Tensor]]:
-    """The base, read anew, and its weights with what the trained ones add."""
+    """The base without memory for its weights, and these, read anew, with what the trained ones add."""
     if adapters.digest not in ("", digest_of(weight_files(adapters.base))):
         raise ValueError(f"the weights in {adapters.base} are no longer those that the adapters were trained on")
-    base = adapters.load_base()
-    return base, merged(base.state_dict(), trained, adapters.config, dtype)
+    weights = adapters.load_base().state_dict()
+    merge(weights, trained, adapters.config, dtype)
+    return adapters.load_base(empty=True), weights
 
 
 def _write_decoder(draft: Path, config: DecoderConfig, state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:

@@ -29,7 +29,7 @@ class Adapters:
     """What a model with adapters knows of them."""
 
     config: Any  # peft's LoraConfig
-    load_base: Callable[[], Any]  # the model without adapters, from where its weights came
+    load_base: Callable[..., Any]  # the model without adapters, from where its weights came; `empty` as choose_model's
     base: str  # the name of that place
     left_out: list[str]  # what could not be adapted
     digest: str = ""  # of the base's weight files when they were read; empty where they were not
@@ -47,7 +47,7 @@ def base_name(name: str) -> str | None:
 
 
 def add_adapters(
-    model: Any, base: str, load_base: Callable[[], Any], rank: int, alpha: int, targets: str, dropout: float
+    model: Any, base: str, load_base: Callable[..., Any], rank: int, alpha: int, targets: str, dropout: float
 ) -> None:
     """Freeze a model and lay adapters, whose weights are unset, beside the linear layers that `targets` names.
 
@@ -72,9 +72,7 @@ def add_adapters(
     model.adapters = Adapters(config, load_base, base, patterns(left_out) if not targets else [])
 
 
-def choose_layers(
-    linear: Mapping[str, tuple[int, ...]], rank: int, targets: str
-) -> tuple[list[str], list[str]]:
+def choose_layers(linear: Mapping[str, tuple[int, ...]], rank: int, targets: str) -> tuple[list[str], list[str]]:
     """Of the linear layers with these shapes those whose names end as `targets` says, or all; and what is left of all.
 
     What is narrower than the rank is left out where it was not named. Raises ValueError as `add_adapters`.
@@ -133,18 +131,14 @@ def digest_of(files: Iterable[Path]) -> str:
         return hashlib.sha256(b"".join(threads.map(one, files))).hexdigest()[:32]
 
 
-def merged(
-    base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], config: Any, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The weights of a model with what its adapters add, W + alpha / rank x B A, in float64 and rounded once."""
-    weights = dict(base)
+def merge(weights: dict[str, Tensor], adapters: Mapping[str, Tensor], config: Any, dtype: torch.dtype) -> None:
+    """Put W + alpha / rank x B A, computed in float64 and rounded once, in the place of each weight W with adapters."""
     for name, a in adapters.items():
         layer, is_a, rest = name.partition(".lora_A.")
         if is_a:
             added = adapters[f"{layer}.lora_B.{rest}"].double() @ a.double() * (config.lora_alpha / config.r)
             weight = weights[f"{layer}.weight"].double()
             weights[f"{layer}.weight"] = (weight + (added.t() if config.fan_in_fan_out else added)).to(dtype)
-    return weights
 
 
 def write_adapters(directory: Path, adapters: Mapping[str, Tensor], config: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 # A server process imports the trainer once and forks every worker: two processes start in a fraction of a second.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train_full_sft", "torch._dynamo"])  # the second is what an optimizer imports, in seconds
+FORKS.set_forkserver_preload(["train_full_sft", "torch._dynamo", "peft"])  # the others are imported late, in seconds
 
 TINY = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_seq_len": 64,

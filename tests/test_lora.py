@@ -4,7 +4,6 @@ import ast
 import json
 import shutil
 import signal
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from model.export import export_model
 from model.loading import load_model
 from model.losses import make_sft_objective, sft_objective
 from scripts.checkpoints import main as checkpoints_script
+from scripts.evaluate import main as evaluate
 from tests.small_world import KillAtCall, log_of, records_of, result_of, sha256, train, write_rows
 from tests.test_export import foreign
 from tests.test_layout import FILES, imports_of
@@ -60,7 +60,7 @@ def adapted(base: Path, **changes):
     numbers = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data.normal_(0, 0.1, generator=numbers)
+            parameter.data.normal_(0, 0.05, generator=numbers)
     return model
 
 
@@ -196,8 +196,8 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     base = make_base(tmp_path / "base", **SHARED)
     with caplog.at_level("INFO", logger="train"):
         model = choose_model(request_of(base), 6400)
-    assert "frozen and without adapters: model.layers.*.mlp.shared_expert_gate, model.layers.*.mlp.experts." in caplog.text
-    assert "weights are trained" in caplog.text
+    assert "weights are trained" in caplog.text and "frozen and without adapters: " in caplog.text
+    assert "model.layers.*.mlp.shared_expert_gate, model.layers.*.mlp.experts.gate_up_proj" in caplog.text
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".experts." in n or "mlp.gate" in n)
 
 
@@ -224,7 +224,7 @@ def test_peft_is_imported_where_adapters_are_wanted_and_nowhere_else():
 
 def test_frozen_weights_need_no_room_for_gradients_and_moments(own_base):
     sizes = Sizes(**sizes_of(request_of(own_base), 6400))
-    assert sizes.trained == 14 * 0 + sum(
+    assert sizes.trained == sum(
         p.numel() for p in choose_model(request_of(own_base), 6400).parameters() if p.requires_grad
     )
     full = Sizes(**sizes_of(ModelRequest(str(own_base)), 6400))
@@ -255,7 +255,7 @@ def test_merged_or_apart_the_logits_are_those_that_were_trained(tmp_path, family
     export_model(tmp_path / "final", model, TOKENIZER)
     assert files_of(base) == before
     ours = logits_of(model, pack(DOCUMENTS)).split([len(document) - 1 for document in DOCUMENTS])
-    assert (torch.cat(ours) - plain).abs().max() > 1
+    assert (torch.cat(ours) - plain).abs().max() > 0.3
     network, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not any(info.values()), info
     beside = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "final" / "adapter")
@@ -263,7 +263,7 @@ def test_merged_or_apart_the_logits_are_those_that_were_trained(tmp_path, family
         for theirs in (network.eval(), beside.eval()):
             with torch.no_grad():
                 logits = theirs(input_ids=document[None, :-1]).logits[0]
-            torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 def test_what_is_merged_is_rounded_once(own_base, tmp_path):
@@ -318,13 +318,13 @@ class WatchBase:
 def test_a_run_leaves_its_base_alone_and_a_model_with_its_adapters(tmp_path, own_base, rows):
     before, run = files_of(own_base), tmp_path / "run"
     watch = tmp_path / "digests"
-    flags = flags_of(own_base, rows, val_data_path=str(rows), save_top_k=1, ema_decay=0.9)
+    flags = flags_of(own_base, rows, val_data_path=str(rows), save_top_k=1, ema_decay=0.9, eval_samples=2)
     assert train(1, run, wrap_objective=WatchBase(watch), **flags) == [0], log_of(run)
     steps = records_of(run, "train")
     digests = watch.read_text().splitlines()
     assert len(digests) > len(steps) and len(set(digests)) == 1, "the weights in memory, bit for bit"
     assert files_of(own_base) == before
-    assert steps[-1]["train/loss"] < steps[0]["train/loss"]
+    assert steps[-1]["train/loss"] < steps[0]["train/loss"] and len(records_of(run, "eval")) == 2
 
     checkpoint = sorted((run / "checkpoints").iterdir())[-1]
     for kind, states in (("model", 1), ("ema", 1), ("optimizer", 3)):
@@ -338,7 +338,7 @@ def test_a_run_leaves_its_base_alone_and_a_model_with_its_adapters(tmp_path, own
     }  # fmt: skip
     assert (run / "best" / "adapter").is_dir()
     card = (run / "final" / "README.md").read_text()
-    assert f"fine-tuned from `{own_base}`" in card and "| LoRA | rank 4, alpha 8, all linear layers |" in card
+    assert f"fine-tuned from `{own_base}`" in card and "| LoRA | rank 4, alpha 8, all linear layers, merged; " in card
     model = choose_model(request_of(own_base, alpha=8), 6400).eval()
     model.load_state_dict(load_file(checkpoint / "model-00001-of-00001.safetensors"), strict=False)
     ours, theirs = (logits_of(each, pack(DOCUMENTS)) for each in (model, load_model(run / "final").eval()))
@@ -347,18 +347,19 @@ def test_a_run_leaves_its_base_alone_and_a_model_with_its_adapters(tmp_path, own
 
     assert checkpoints_script(["export", str(run)]) == 0
     assert files_of(run / f"export-{checkpoint.name}") == files_of(run / "final")
+    assert evaluate([str(run), "--data_path", str(rows), "--limit", "2"]) == 0
 
 
 def kill_and_resume(tmp_path, base, world_size, strategy, **more):
-    rows = write_rows(tmp_path / "rows.jsonl", 96)
-    flags = flags_of(base, rows, val_data_path=str(rows), strategy=strategy, accumulation_steps=3, batch_size=2)
-    flags |= {"save_interval": "2", **more}
+    rows = write_rows(tmp_path / "rows.jsonl", 48 * world_size)
+    flags = flags_of(base, rows, strategy=strategy, accumulation_steps=3, batch_size=1, save_interval="2", max_steps=6)
+    flags |= more
     assert train(world_size, tmp_path / "whole", **flags) == [0] * world_size, log_of(tmp_path / "whole")
-    kill = KillAtCall(call=3 * 3 + 2, victim=world_size - 1)
+    kill = KillAtCall(call=3 * 3 + 2, victim=world_size - 1)  # after step 3, in the first epoch
     codes = train(world_size, tmp_path / "cut", wrap_objective=kill, **flags)
     assert codes[world_size - 1] == -signal.SIGKILL
     assert train(world_size, tmp_path / "cut", from_resume="1", **flags) == [0] * world_size, log_of(tmp_path / "cut")
-    assert "resumed from" in log_of(tmp_path / "cut")
+    assert "resumed from" in log_of(tmp_path / "cut") and records_of(tmp_path / "whole", "train")[3]["train/epoch"] < 1
     assert result_of(tmp_path / "cut") == result_of(tmp_path / "whole")
 
 

@@ -239,7 +239,9 @@ class Config:
             given = [name for name in EXPERT_FLAGS if getattr(self, name) is not None]
             problems += [f"--{name} needs --num_experts or --use_moe 1" for name in given]
         if self.lora_rank is not None and self.from_weight == "none":
-            problems.append(f"--lora_rank {self.lora_rank} adapts a model that is trained already: name one with --from_weight")
+            problems.append(
+                f"--lora_rank {self.lora_rank} adapts a model that is trained already: name one with --from_weight"
+            )
         elif self.lora_rank is None:
             problems += [f"--{name} needs --lora_rank" for name in LORA_FLAGS[1:] if name in self.given]
         needs_held_out = {
