@@ -2,25 +2,30 @@
 
 Makes a model of about 100 million parameters and trains all of it, then adapters beside all linear layers, then beside
 the projections to queries and values only: each in a process of its own, in turn, again in every round. Prints medians
-of the step time, the peak of resident memory (while it trained, and of the whole run, which writes final/ at its end)
-and the size of a checkpoint.
+of a step's time on the clock and on all cores together (which others on the machine disturb less), the peak of resident
+memory (while it trained, and of the whole run, which writes final/ at its end) and the size of a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from dataset.demo import training_conversations
 from scripts.bench import measured
 from scripts.evaluate import positive
+from training.config import make_config
 
 SHAPE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2560}
+
+CLOCK = "clock.json"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,6 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive, default=1, metavar="N", help="rows of a step (default 1)")
     parser.add_argument("--max_seq_len", type=positive, default=512, metavar="N", help="tokens of a row (default 512)")
     parser.add_argument("--threads", type=positive, default=2, metavar="N", help="default 2")
+    parser.add_argument("--flags", help=argparse.SUPPRESS)  # of the run that a child is
     for name, size in SHAPE.items():
         parser.add_argument(f"--{name}", type=positive, default=size, metavar="N", help=f"of the model, default {size}")
     return parser.parse_args(argv)
@@ -55,21 +61,38 @@ def train(options: argparse.Namespace, base: Path, run: Path, **flags: Any) -> d
     flags |= {**given, "batch_size": options.batch_size, "max_steps": options.steps, "save_interval": options.steps}
     flags |= {"from_weight": base, "save_dir": run, "cache_dir": base.parent / "cache", "device": "cpu", "report": 0}
     flags |= {"dtype": "float32", "overlong": "drop", "log_interval": 1, "eval_interval": "99epoch"}
-    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    peak, _ = measured([sys.executable, "train_full_sft.py", *words], options.threads)
+    values = json.dumps({name: str(value) for name, value in flags.items() if value is not None})
+    peak, _ = measured([sys.executable, "-m", "scripts.bench_lora", "--flags", values], options.threads)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record["train/seconds_per_step"] for record in records if record["kind"] == "train"][1:]
+    clock = json.loads((run / CLOCK).read_text(encoding="utf-8"))
     (checkpoint,) = (run / "checkpoints").glob("step-*")
     return {
         "seconds": statistics.median(steps),
+        "core_seconds": statistics.median(after - before for before, after in itertools.pairwise(clock)),
         "training": max(record["memory_usage"] for record in records if record["kind"] == "epoch"),
         "peak": peak,
         "checkpoint": sum(file.stat().st_size for file in checkpoint.iterdir()),
     }
 
 
+def be_child(values: dict[str, str]) -> None:
+    """Train, and write down the seconds that all cores have worked when each step was logged."""
+    from train_full_sft import run
+
+    clock: list[float] = []
+    run(
+        make_config(values),
+        callbacks=[lambda record: clock.extend([time.process_time()] * (record["kind"] == "train"))],
+    )
+    (Path(values["save_dir"]) / CLOCK).write_text(json.dumps(clock), encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    if options.flags:
+        be_child(json.loads(options.flags))
+        return 0
     variants: dict[str, dict[str, Any]] = {
         "all weights": {},
         f"LoRA, rank {options.rank}": {"lora_rank": options.rank},
@@ -87,11 +110,14 @@ def main(argv: list[str] | None = None) -> int:
             for name, flags in variants.items():
                 found[name].append(train(options, work / "base", work / f"{number} {name}", **flags))
     print(f"{size:,} weights, steps of {options.batch_size} x {options.max_seq_len} tokens, float32\n")
-    print("| trained | s/step | peak memory in training | of the whole run | a checkpoint |\n|---|---|---|---|---|")
+    print(
+        "| trained | s/step | core seconds | peak memory in training | of the whole run | a checkpoint |\n|---|---|---|---|---|---|"
+    )
     for name, results in found.items():
         middle = {key: statistics.median(result[key] for result in results) for key in results[0]}
         sizes = [f"{middle[key] / 1e9:.2f} GB" for key in ("training", "peak")]
-        print(f"| {name} | {middle['seconds']:.2f} | {' | '.join(sizes)} | {middle['checkpoint'] / 1e6:,.1f} MB |")
+        times = f"{middle['seconds']:.2f} | {middle['core_seconds']:.2f}"
+        print(f"| {name} | {times} | {' | '.join(sizes)} | {middle['checkpoint'] / 1e6:,.1f} MB |")
     return 0
 
 

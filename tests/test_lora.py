@@ -239,7 +239,7 @@ def test_frozen_weights_need_no_room_for_gradients_and_moments(own_base):
 
 FAMILIES = [
     (None, {}), (None, SHARED), ("Gemma2", {"sliding_window": 8}), ("GPTNeoX", {}), ("Phi3", {"pad_token_id": 0}),
-    ("GPT2", {"n_embd": 32, "n_head": 4, "n_layer": 2}), ("Mixtral", {"num_local_experts": 4}),
+    ("GPT2", {"n_embd": 32, "n_head": 4, "n_layer": 2}), ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 ]  # fmt: skip
 
 
@@ -254,16 +254,19 @@ def test_merged_or_apart_the_logits_are_those_that_were_trained(tmp_path, family
     model = adapted(base).eval()
     export_model(tmp_path / "final", model, TOKENIZER)
     assert files_of(base) == before
-    ours = logits_of(model, pack(DOCUMENTS)).split([len(document) - 1 for document in DOCUMENTS])
-    assert (torch.cat(ours) - plain).abs().max() > 0.3
+    # In float64 no rounding hides behind that of other kernels; grouped products of experts have none.
+    dtype, tolerance = (torch.float64, 1e-5) if "num_experts_per_tok" not in changes else (torch.float32, 3e-5)
+    together = logits_of(model.to(dtype), pack(DOCUMENTS))
+    ours = together.split([len(document) - 1 for document in DOCUMENTS])
+    assert (together - plain).abs().max() > 0.3
     network, info = AutoModelForCausalLM.from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not any(info.values()), info
     beside = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "final" / "adapter")
     for document, expected in zip(DOCUMENTS, ours, strict=True):
-        for theirs in (network.eval(), beside.eval()):
+        for theirs in (network.to(dtype).eval(), beside.to(dtype).eval()):
             with torch.no_grad():
                 logits = theirs(input_ids=document[None, :-1]).logits[0]
-            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
 
 
 def test_what_is_merged_is_rounded_once(own_base, tmp_path):
