@@ -81,10 +81,12 @@ def be_child(values: dict[str, str]) -> None:
     from train_full_sft import run
 
     clock: list[float] = []
-    run(
-        make_config(values),
-        callbacks=[lambda record: clock.extend([time.process_time()] * (record["kind"] == "train"))],
-    )
+
+    def note(record: dict[str, Any]) -> None:
+        if record["kind"] == "train":
+            clock.append(time.process_time())
+
+    run(make_config(values), callbacks=[note])
     (Path(values["save_dir"]) / CLOCK).write_text(json.dumps(clock), encoding="utf-8")
 
 
@@ -110,9 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             for name, flags in variants.items():
                 found[name].append(train(options, work / "base", work / f"{number} {name}", **flags))
     print(f"{size:,} weights, steps of {options.batch_size} x {options.max_seq_len} tokens, float32\n")
-    print(
-        "| trained | s/step | core seconds | peak memory in training | of the whole run | a checkpoint |\n|---|---|---|---|---|---|"
-    )
+    columns = ("trained", "s/step", "core seconds", "peak memory in training", "of the whole run", "a checkpoint")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name, results in found.items():
         middle = {key: statistics.median(result[key] for result in results) for key in results[0]}
         sizes = [f"{middle[key] / 1e9:.2f} GB" for key in ("training", "peak")]

@@ -239,7 +239,8 @@ def test_frozen_weights_need_no_room_for_gradients_and_moments(own_base):
 
 FAMILIES = [
     (None, {}), (None, SHARED), ("Gemma2", {"sliding_window": 8}), ("GPTNeoX", {}), ("Phi3", {"pad_token_id": 0}),
-    ("GPT2", {"n_embd": 32, "n_head": 4, "n_layer": 2}), ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("GPT2", {"n_embd": 32, "n_head": 4, "n_layer": 2}),
+    ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 ]  # fmt: skip
 
 

@@ -104,7 +104,6 @@ class Config:
     shared_expert_intermediate_size: int | None = flag(None, "width of an expert that every token passes besides", group="model", minimum=1)
     dropout: float = flag(0.0, "dropout probability while training", group="model", minimum=0, maximum=0.9)
     init: str = flag("fan_in", "how new weights are drawn (fan_in = LeCun et al. 1998, kaiming = He et al. 2015, xavier = Glorot & Bengio 2010)", group="model", choices=("fan_in", "normal", "kaiming", "xavier"))
-
     lora_rank: int | None = flag(None, "freeze the weights of --from_weight and train adapters of this rank beside its linear layers (LoRA, Hu et al. 2021)", group="model", minimum=1)
     lora_alpha: int | None = flag(None, "what the adapters add is multiplied by this / rank (default: 2 x rank)", group="model", minimum=1)
     lora_targets: str = flag("", "comma-separated ends of names of linear layers, such as q_proj,v_proj (default: all but the head)", group="model")
