@@ -547,8 +547,10 @@ def run_job(
         return micro_batches
 
     body, head = model.parameter_counts()
+    per_weight = 4.0 if wanted.lora else 6.0  # frozen ones have no gradient to compute
     device_name = device_name_of(device)
-    records = RunRecords(save_dir, processes.is_main, (6.0 * body, 6.0 * head), config, device_name, world_size)
+    flops = (per_weight * body, per_weight * head)
+    records = RunRecords(save_dir, processes.is_main, flops, config, device_name, world_size)
     questions = questions_of(data.held_out, config.eval_samples) if data.held_out and config.eval_samples else []
     every = config.eval_samples_interval
     evaluation = Evaluation(learner, held_out, questions, every, tokenizer, ema, state, records)

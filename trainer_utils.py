@@ -348,7 +348,12 @@ class Reader(Protocol):
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; one of two names (a tied head) stands once, under the first."""
+    """Parameters and persistent buffers by name; one of two names (a tied head) stands once, under the first.
+
+    Of a model with adapters what is trained, alone: the rest is where it came from.
+    """
+    if getattr(model, "adapters", None):
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     second_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in second_names}
     return {**dict(model.named_parameters()), **buffers}

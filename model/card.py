@@ -26,6 +26,7 @@ def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str
         *((("teacher", config["teacher"]), ("loss weights", said("loss_weights"))) if config["teacher"] else ()),
         ("arithmetic", config["dtype"]),
         ("seed", config["seed"]),
+        *((("LoRA", _adapters(config)),) if config.get("lora_rank") else ()),
         *((name.replace("/", " ").replace("_", " "), f"{value:.4f}") for name, value in results.items()),
     ]
     sources = ", ".join(f"`{source['path']}`" for source in train["sources"])
@@ -55,3 +56,8 @@ answer = model.generate(**prompt, max_new_tokens=64)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 """
+
+
+def _adapters(config: dict[str, Any]) -> str:
+    alpha, targets = config["lora_alpha"] or 2 * config["lora_rank"], config["lora_targets"] or "all linear layers"
+    return f"rank {config['lora_rank']}, alpha {alpha}, {targets}, merged; the adapters alone are in `adapter/`"

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.decoder import Decoder, DecoderConfig
-from model.loading import build_model, build_skeleton, check_isolation, fill_from_files, load_model, load_skeleton
+from model.loading import (
+    build_model,
+    build_skeleton,
+    check_isolation,
+    fill_from_files,
+    load_model,
+    load_skeleton,
+    weight_files,
+)
+from model.lora import add_adapters, fill_adapters
 from model.parts import PartOf
 from model.trust import NO_TRUST, Trust, UnsafeModelError, refuse_unsafe_tokenizer
 from model.vocabulary import grow
@@ -66,6 +76,7 @@ class ModelRequest:
     init: str = "fan_in"
     revision: str | None = None  # of a Hub id
     trust_remote_code: bool = False
+    lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha, targets and dropout of adapters, if it has any
 
     def __post_init__(self) -> None:
         self.from_weight = weights_source(self.from_weight)
@@ -99,10 +110,16 @@ def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False) ->
         raise ValueError("\n".join(problems))
     if model.vocab_size < vocab_size:
         logger.warning(
-            "the tokenizer has %d entries, the vocabulary of %s only %d: %d are added, each the mean of the old ones",
+            "the tokenizer has %d entries, the vocabulary of %s only %d: %d are added, each the mean of the old ones%s",
             vocab_size, from_weight, model.vocab_size, vocab_size - model.vocab_size,
+            ", and stay so: adapters train no embeddings" if request.lora else "",
         )  # fmt: skip
         grow(model, vocab_size)
+    if request.lora:
+        load_base = partial(choose_model, replace(request, lora={}), vocab_size)
+        add_adapters(model, from_weight, load_base, partial(weight_files, from_weight, trust), **request.lora)
+        if not empty:
+            fill_adapters(model, request.seed)
     return model
 
 
@@ -115,6 +132,8 @@ def fill_model(model: Any, request: ModelRequest, part_of: PartOf, tolerance: fl
         model.initialise(torch.Generator().manual_seed(request.seed), part_of, request.init)
         return
     fill_from_files(model, request.from_weight, part_of, request.trust_in(request.from_weight))
+    if request.lora:
+        fill_adapters(model, request.seed, part_of)
     if not isinstance(model, Decoder):
         check_isolation(model, tolerance)
 
@@ -153,15 +172,17 @@ def sizes_of(request: ModelRequest, vocab_size: int) -> dict[str, int] | None:
         return None
     names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
     known = {name: value or 0 for name, value in shape_of(model, names).items()}
-    return {**known, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {**known, "parameters": sum(parameter.numel() for parameter in model.parameters()), "trained": trained}
 
 
 def describe_model(model: Any) -> str:
-    """What the model computes, in a line: two models that differ in more than their weights differ in it."""
+    """What the model computes, in a line: two models that differ in more than the trained weights differ in it."""
+    adapters = f", {model.adapters.describe()}" if model.adapters else ""
     if isinstance(model, Decoder):
-        return ", ".join(f"{name} {value}" for name, value in model.config.to_dict().items())
+        return ", ".join(f"{name} {value}" for name, value in model.config.to_dict().items()) + adapters
     config = json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str)
-    return f"{type(model.inner).__name__} {hashlib.sha256(config.encode()).hexdigest()[:16]}"
+    return f"{type(model.inner).__name__} {hashlib.sha256(config.encode()).hexdigest()[:16]}{adapters}"
 
 
 def exported_directory(path: Path) -> Path:

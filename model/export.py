@@ -15,6 +15,7 @@ from torch import Tensor
 from model.decoder import Decoder, DecoderConfig
 from model.families import config_json, unstacked
 from model.loading import HFCausalLM
+from model.lora import Adapters, base_name, digest_of, merge, write_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,7 +39,8 @@ def export_model(
     """Publish `model` with its tokenizer as a Hugging Face directory, which is never seen half written.
 
     `state_dict` replaces the model's own weights (gathered from shards, or averaged). `tokenizer` is a directory, whose
-    files are copied as they are, or a loaded tokenizer. `card` is the text of README.md.
+    files are copied as they are, or a loaded tokenizer. `card` is the text of README.md. Of a model with adapters the
+    base with what they add is published, and beside it, in adapter/, they alone; ValueError where its base has changed.
     """
     directory = Path(directory).absolute()
     state_dict = model.state_dict() if state_dict is None else state_dict
@@ -48,6 +50,10 @@ def export_model(
     draft.mkdir()
     try:
         _write_tokenizer(tokenizer, draft)
+        if model.adapters:
+            state_dict = {name: tensor for name, tensor in state_dict.items() if base_name(name) is None}
+            write_adapters(draft / "adapter", state_dict, model.adapters.config)
+            model, state_dict = _with_adapters(model.adapters, state_dict, dtype)
         if isinstance(model, Decoder):
             _write_decoder(draft, model.config, state_dict, dtype)
         else:
@@ -65,6 +71,19 @@ def export_model(
         raise OSError(number, reason) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _with_adapters(
+    adapters: Adapters, trained: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Decoder | HFCausalLM, dict[str, Tensor]]:
+    """The base without memory for its weights, and these, read anew, with what the trained ones add."""
+    if adapters.digest not in ("", digest_of(adapters.files())):
+        raise ValueError(
+            f"the weights in {adapters.config.base_model_name_or_path} are no longer those that the adapters were trained on"
+        )
+    weights = adapters.load_base().state_dict()
+    merge(weights, trained, adapters.config, dtype)
+    return adapters.load_base(empty=True), weights
 
 
 def _write_decoder(draft: Path, config: DecoderConfig, state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -132,7 +151,7 @@ def _publish(draft: Path, directory: Path) -> None:
     for path in sorted(draft.rglob("*")):
         if path.is_file():
             path.chmod(0o644)
-            _fsync(path)
+        _fsync(path)
     _fsync(draft)
     previous = directory.with_name(f".old-{directory.name}-{os.getpid()}")
     if directory.exists():

@@ -20,6 +20,7 @@ class LanguageModel(nn.Module):
 
     vocab_size: int
     added_entries = 0  # of the vocabulary, at its end, since `model.vocabulary.grow`
+    adapters: Any = None  # see model/lora.py
 
     def vocabulary_modules(self) -> list[nn.Module]:
         """The input embeddings and the head, whose tensors have a row for each entry of the vocabulary."""
@@ -82,7 +83,7 @@ def with_gradient_penalty(objective: Objective) -> Objective:
             return objective(model, batch)
         embedded: list[Tensor] = []
         with (
-            embeddings_of(model).register_forward_hook(lambda *call: embedded.append(call[2])),
+            embeddings_of(model).register_forward_hook(lambda *call: embedded.append(call[2].requires_grad_())),
             twice_differentiable(model),
         ):
             terms = objective(model, batch)

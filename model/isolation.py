@@ -49,7 +49,8 @@ def _fault(model: Any, tolerance: float) -> str | None:
     numbers = torch.Generator().manual_seed(0)
     first, second = (torch.randint(1, model.vocab_size, (length,), generator=numbers) for length in PROBE_TOKENS)
     embedded: list[Tensor] = []
-    hook = model.input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]))
+    # Frozen embeddings ask for no gradient themselves.
+    hook = model.input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2].requires_grad_()))
     told: list[int | None] = []
     model.told = told
     try:

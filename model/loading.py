@@ -19,6 +19,7 @@ from model.decoder import Decoder, DecoderConfig
 from model.families import decoder_config, in_files, is_builtin
 from model.input_embeddings import Head, LanguageModel
 from model.isolation import APART, PACKED, check_isolation
+from model.lora import base_name
 from model.losses import Terms, supervised_terms
 from model.moe import TERM_WEIGHTS, router_terms
 from model.parts import Inside, PartOf, overlap, recompute_in_backward, whole
@@ -106,9 +107,9 @@ def fill_from_files(
             own.copy_(values[in_values])
 
     wanted, grown = _wanted_tensors(model), {id(tensor) for tensor in vocabulary_tensors(model)}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
+    tied = {base_name(name) for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
     missing, wrong = _as_in_files(model, wanted), []
-    for file in _weight_files(source, trust):
+    for file in weight_files(source, trust):
         with _opened(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict
                 if name in tied:
@@ -147,10 +148,11 @@ def fill_from_files(
 
 
 def _wanted_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What the files have to hold: parameters, a tied one once, and persistent buffers."""
+    """What the files have to hold: parameters, a tied one once, and persistent buffers, none of them of adapters."""
     parameters = dict(model.named_parameters())
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {**parameters, **{name: tensor for name, tensor in model.state_dict().items() if name not in names}}
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+    return {own: tensor for name, tensor in {**parameters, **buffers}.items() if (own := base_name(name))}
 
 
 def _as_in_files(model: nn.Module, wanted: dict[str, Tensor]) -> dict[str, tuple[Tensor | None, Inside, tuple]]:
@@ -164,7 +166,8 @@ def _as_in_files(model: nn.Module, wanted: dict[str, Tensor]) -> dict[str, tuple
     }
 
 
-def _weight_files(source: str | Path, trust: Trust) -> list[Path]:
+def weight_files(source: str | Path, trust: Trust = NO_TRUST) -> list[Path]:
+    """The safetensors files of a directory or a Hub id. Raises ValueError where there are none."""
     directory = Path(source)
     if not directory.is_dir():
         from huggingface_hub import snapshot_download

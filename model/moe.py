@@ -143,11 +143,13 @@ class _GroupedLinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         unused = x.shape[0] - sum(ctx.sizes)
         grads, rows = (each.split([*ctx.sizes, unused])[:-1] for each in (grad, x))
         grad_x = torch.cat([g @ matrix for g, matrix in zip(grads, weight.unbind(), strict=True)])
+        if not ctx.needs_input_grad[1]:  # frozen
+            return F.pad(grad_x, (0, 0, 0, unused)), None, None, None
         grad_weight = torch.stack([g.t() @ one for g, one in zip(grads, rows, strict=True)])
         return F.pad(grad_x, (0, 0, 0, unused)), grad_weight, None, None
 

@@ -40,12 +40,12 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         # With n = x / rms and g = weight x grad: dx = (g - n x mean(g n)) / rms, dweight = sum over rows of grad x n.
         x, weight, inverse_rms = ctx.saved_tensors
         normal = x * inverse_rms
         product = grad * normal
-        grad_weight = product.flatten(0, -2).sum(0)
+        grad_weight = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         negative_mean = (product @ weight).div_(-x.shape[-1]).unsqueeze(-1)
         grad_x = torch.mul(grad, weight, out=product).addcmul_(normal, negative_mean).mul_(inverse_rms)
         return grad_x, grad_weight, None

@@ -29,7 +29,7 @@ from training.checkpoints import (
     verify,
     weights_to_export,
 )
-from training.config import SHAPE_FLAGS, Config
+from training.config import SHAPE_FLAGS, Config, lora_of
 from training.lock import lock_run
 
 ASIDE = "aside-"
@@ -212,6 +212,7 @@ def export(place: Place, options: argparse.Namespace) -> int:
     from model.card import model_card
     from model.choose import NEW, ModelRequest, choose_model, choose_tokenizer, load_tokenizer
     from model.export import export_model
+    from model.lora import digest_of
     from trainer_utils import named_weights
 
     checkpoint = good_version(place, options.step)
@@ -220,13 +221,16 @@ def export(place: Place, options: argparse.Namespace) -> int:
         raise ValueError(f"{out} exists already: delete it, or name another directory with --out")
     manifest, state = read_manifest(checkpoint), read_trainer_state(checkpoint)
     settings = state["config"]
-    wanted = ModelRequest(settings["from_weight"])
+    recorded = {name: settings[name] for name in ("from_weight", "revision", "trust_remote_code") if name in settings}
+    wanted = ModelRequest(**recorded, lora=lora_of(settings))
     tokenizer = load_tokenizer(
         options.tokenizer or choose_tokenizer(settings["tokenizer"], wanted.from_weight), settings["chat_template"]
     )
     if wanted.from_weight == NEW:
         wanted.shape = {name: settings.get(name) for name in SHAPE_FLAGS}
     model = choose_model(wanted, len(tokenizer), empty=True)
+    if wanted.lora and not state["identity"]["model"].count(digest_of(model.adapters.files())):
+        raise ValueError(f"{checkpoint} was trained on other weights than those that {wanted.from_weight} holds now")
     shards = open_shards(checkpoint, "model")
     expected = {name: tuple(tensor.shape) for name, tensor in named_weights(model).items()}
     for name in sorted({*expected, *shards.shapes}):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 # Two processes start in a fraction of a second.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train_full_sft", "torch._dynamo"])  # the second is what an optimizer imports, in seconds
+FORKS.set_forkserver_preload(["train_full_sft", "torch._dynamo", "peft"])  # the others are imported late, in seconds
 
 
 def free_port() -> int:

@@ -35,7 +35,7 @@ def in_the_directory_of_the_project(monkeypatch):
 def test_the_files_are_there():
     assert [path.name for path in RUNS] == [
         "adaptive.yaml", "demo.yaml", "distillation.yaml", "gsm8k.yaml", "llama_8b_fsdp_8gpus.yaml",
-        "qwen3_0.6b_one_gpu.yaml", "staged.yaml",
+        "lora.yaml", "qwen3_0.6b_one_gpu.yaml", "staged.yaml",
     ]  # fmt: skip
     assert [path.name for path in TABLES] == ["curriculum.yaml", "document.yaml", "gsm8k.yaml"]
 
@@ -133,7 +133,8 @@ def test_the_adaptive_run_rises_linearly_from_1e_5_to_5e_4_in_ten_epochs():
 
 
 def test_what_builds_on_a_base_has_its_data():
-    for name in ("adaptive.yaml", "distillation.yaml", "qwen3_0.6b_one_gpu.yaml", "llama_8b_fsdp_8gpus.yaml"):
+    of_the_hub = ("lora.yaml", "qwen3_0.6b_one_gpu.yaml", "llama_8b_fsdp_8gpus.yaml")
+    for name in ("adaptive.yaml", "distillation.yaml", *of_the_hub):
         config, base = config_of(name), config_of("gsm8k.yaml")
         assert config.data_request == base.data_request
         assert (config.prompt_field, config.response_field) == ("question", "answer")
@@ -145,3 +146,8 @@ def test_large_models_are_loaded_in_half_precision_arithmetic_and_one_of_them_is
         assert config.dtype == "bfloat16" and config.gradient_checkpointing and not config.shape
     assert (one.from_weight, one.strategy) == ("Qwen/Qwen3-0.6B", "ddp")
     assert (many.from_weight, many.strategy) == ("meta-llama/Llama-3.1-8B-Instruct", "fsdp")
+
+
+def test_adapters_of_the_default_kind():
+    adapters = config_of("lora.yaml").model_request["lora"]
+    assert adapters == {"rank": 16, "alpha": 32, "targets": "", "dropout": 0.05}

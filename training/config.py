@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ ALTERNATIVES = (
 )
 GIVES_WAY = {"stages": ("epochs", "max_steps")}  # a table counts its own epochs; what is given beside it is refused
 WHOLE_TENSORS = ("adafactor", "muon")  # optimizers whose update is not the same where a tensor is shared out
+LORA_FLAGS = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
 LOADING_FLAGS = ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")
 
 
@@ -107,6 +109,10 @@ class Config:
     shared_expert_intermediate_size: int | None = flag(None, "width of an expert that every token passes besides", group="model", minimum=1)
     dropout: float = flag(0.0, "dropout probability while training", group="model", minimum=0, maximum=0.9)
     init: str = flag("fan_in", "how new weights are drawn (fan_in = LeCun et al. 1998, kaiming = He et al. 2015, xavier = Glorot & Bengio 2010)", group="model", choices=("fan_in", "normal", "kaiming", "xavier"))
+    lora_rank: int | None = flag(None, "freeze the weights of --from_weight and train adapters of this rank beside its linear layers (LoRA, Hu et al. 2021)", group="model", minimum=1)
+    lora_alpha: int | None = flag(None, "what the adapters add is multiplied by this / rank (default: 2 x rank)", group="model", minimum=1)
+    lora_targets: str = flag("", "comma-separated ends of names of linear layers, such as q_proj,v_proj (default: all but the head)", group="model")
+    lora_dropout: float = flag(0.0, "dropout probability of what goes into an adapter", group="model", minimum=0, maximum=0.9)
 
     stages: str | None = flag(None, "table of stages (YAML or JSON), each a row of flags that replace those of the run; see docs/strategy.md", group="training")
     epochs: int = flag(2, "passes over the data", group="training", minimum=1)
@@ -246,6 +252,12 @@ class Config:
         if not (self.use_moe or self.num_experts) and self.from_weight == "none":
             given = [name for name in EXPERT_FLAGS if getattr(self, name) is not None]
             problems += [f"--{name} needs --num_experts or --use_moe 1" for name in given]
+        if self.lora_rank is not None and self.from_weight == "none":
+            problems.append(
+                f"--lora_rank {self.lora_rank} adapts a model that is trained already: name one with --from_weight"
+            )
+        elif self.lora_rank is None:
+            problems += [f"--{name} needs --lora_rank" for name in LORA_FLAGS[1:] if name in self.given]
         needs_held_out = {
             "save_top_k": self.save_top_k, "early_stopping_patience": self.early_stopping_patience,
             "eval_samples": self.eval_samples,
@@ -306,7 +318,7 @@ class Config:
     def model_request(self) -> dict[str, Any]:
         """Which model a run trains."""
         names = ("from_weight", "dropout", "seed", "init", "revision", "trust_remote_code")
-        return {**{name: getattr(self, name) for name in names}, "shape": self.shape}
+        return {**{name: getattr(self, name) for name in names}, "shape": self.shape, "lora": lora_of(vars(self))}
 
     @property
     def data_options(self) -> dict[str, Any]:
@@ -333,6 +345,14 @@ class Config:
         import yaml
 
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def lora_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapters that the flags of a run, of an older version too, ask for; empty where they ask for none."""
+    if not settings.get("lora_rank"):
+        return {}
+    values = {name.removeprefix("lora_"): settings[name] for name in LORA_FLAGS}
+    return {**values, "alpha": values["alpha"] or 2 * values["rank"]}
 
 
 def field_types() -> dict[str, tuple[type, bool]]:

@@ -76,6 +76,11 @@ class Sizes:
     num_hidden_layers: int
     intermediate_size: int
     vocab_size: int
+    trained: int | None = None  # of the parameters; all, where nothing is frozen
+
+    @property
+    def learnt(self) -> int:
+        return self.parameters if self.trained is None else self.trained
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ def memory_need(config: Config, sizes: Sizes, world_size: int, on_gpu: bool) -> 
     """What a process needs in the memory that it computes in."""
     shared = config.strategy == "fsdp" and world_size > 1
     parts = (config.shard_size or world_size) if shared else 1
-    certain = (state_bytes(config, sizes.parameters) + 4 * sizes.parameters) // parts  # with the gradients
+    # Besides the trained weights: their gradients, and the frozen ones.
+    certain = (state_bytes(config, sizes.learnt) + 4 * sizes.parameters) // parts
     if config.cpu_offload and on_gpu:
         certain = 0
     half = config.dtype in ("bfloat16", "float16") or (config.dtype == "auto" and on_gpu)
@@ -113,7 +119,7 @@ def memory_need(config: Config, sizes: Sizes, world_size: int, on_gpu: bool) -> 
     activations = of_layer + layers * of_input if config.gradient_checkpointing else layers * of_layer
     logits = 3 * 4 * min(tokens * sizes.vocab_size, MAX_LOGITS)
     casts = 2 * sizes.parameters // parts if half else 0
-    gradients = 4 * sizes.parameters // parts  # not yet there when a step holds most activations
+    gradients = 4 * sizes.learnt // parts  # not yet there when a step holds most activations
     peak = max(certain, certain - gradients + activations + logits)
     return Need(certain, peak + casts + PROCESS_BYTES)
 
@@ -185,7 +191,7 @@ def smaller(config: Config) -> str:
 
 
 def check_disk(config: Config, machine: Machine, sizes: Sizes) -> list[Finding]:
-    one = state_bytes(config, sizes.parameters)
+    one = state_bytes(config, sizes.learnt)
     count = config.keep_last + config.keep_best + 1  # a new one is whole before an old one goes
     need, free = one * count + 4 * sizes.parameters, machine.disk_free_bytes
     words = (

@@ -22,10 +22,11 @@ class Ema:
         steps_done: Callable[[], int], settle: Callable[[], None],
     ):  # fmt: skip
         """`steps_done()`: before the update; `settle()` is called before weights change behind the model's back."""
-        self.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
         self._decay, self._steps_done, self._settle = decay, steps_done, settle
         self._averages = [local_part(tensor)[0] for tensor in self.weights.values()]
-        self._parameters = [local_part(parameter)[0] for parameter in model.parameters()]
+        self._parameters = [local_part(parameter)[0] for parameter in trained.values()]
         optimizer.register_step_post_hook(lambda *_: self._update())  # skipped steps leave it alone
 
     @torch.no_grad()

@@ -204,6 +204,15 @@ MUTANTS = [
     Mutant("sharding is forgotten where memory is estimated", "training/doctor.py",
            "if shared else 1", "if False else 1",
            ("tests/test_doctor.py::test_what_a_model_takes_is_what_it_holds",)),
+    Mutant("the frozen base fills every checkpoint", "trainer_utils.py",
+           'if getattr(model, "adapters", None):', "if False:",
+           ("tests/test_lora.py::test_a_run_leaves_its_base_alone_and_a_model_with_its_adapters",)),
+    Mutant("adapters are merged without their scale", "model/lora.py",
+           " * (config.lora_alpha / config.r)", "",
+           ("tests/test_lora.py::test_what_is_merged_is_rounded_once",)),
+    Mutant("another base is not noticed on resume", "model/lora.py",
+           'return f"{said} of base weights {self.digest}"', 'return f"{said} of base weights"',
+           ("tests/test_lora.py::test_what_is_not_the_same_is_not_resumed",)),
 ]  # fmt: skip
 
 
