@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.decoder import Decoder, DecoderConfig
 from model.loading import build_model, build_skeleton, check_isolation, fill_from_files, load_model, load_skeleton
-from model.parts import PartOf
+from model.parts import PartOf, weights_in
 from model.trust import UnsafeModelError, refuse_unsafe_tokenizer
 
 NEW = "none"
@@ -59,6 +59,7 @@ class ModelRequest:
     dropout: float = 0.0
     seed: int = 0
     init: str = "fan_in"
+    param_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         self.from_weight = weights_source(self.from_weight)
@@ -73,8 +74,10 @@ def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False) ->
     from_weight, shape, dropout = request.from_weight, request.shape, request.dropout
     if from_weight == NEW:
         config = DecoderConfig(vocab_size=vocab_size, dropout=dropout, **shape)
-        return build_skeleton(config) if empty else build_model(config, request.seed, request.init)
-    model = load_skeleton(from_weight, dropout) if empty else load_model(from_weight, dropout)
+        with weights_in(getattr(torch, request.param_dtype)):
+            return build_skeleton(config) if empty else build_model(config, request.seed, request.init)
+    with weights_in(getattr(torch, request.param_dtype)):
+        model = load_skeleton(from_weight, dropout) if empty else load_model(from_weight, dropout)
     if dropout and not isinstance(model, Decoder):
         raise ValueError(
             f"--dropout {dropout}: {from_weight} keeps the dropout of its own config.json; change it there"

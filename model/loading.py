@@ -45,18 +45,19 @@ def build_model(config: DecoderConfig, seed: int, init: str = "fan_in") -> Decod
 
 
 def load_model(source: str | Path, dropout: float = 0.0) -> "Decoder | HFCausalLM":
-    """Float32 weights of a directory or a Hub id, in the built-in decoder where it fits and through transformers else.
+    """The weights of a directory or a Hub id, in the built-in decoder where it fits and through transformers else.
 
-    `dropout` is the decoder's; other models keep what their own config.json says. Raises ValueError for weights that do
-    not fit their config.json and for families whose packed documents would influence each other; UnsafeModelError for
-    what is a program.
+    They are float32, or of the type of `weights_in` around the call, and are read right into it. `dropout` is the
+    decoder's; other models keep what their own config.json says. Raises ValueError for weights that do not fit their
+    config.json and for families whose packed documents would influence each other; UnsafeModelError for what is a
+    program.
     """
     if is_builtin_directory(source):
         decoder = Decoder(_decoder_config_in(source, dropout))
         fill_from_files(decoder, source)
         return decoder
     model = HFCausalLM.from_pretrained(source)
-    check_isolation(model)
+    check_isolation(model, 1e-3 if torch.get_default_dtype() == torch.float32 else 0.05)
     return model
 
 
@@ -227,13 +228,13 @@ class HFCausalLM(LanguageModel):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "HFCausalLM":
-        """Float32 weights of a directory or a Hub id; safetensors only, and no code from the repository."""
+        """The weights of a directory or a Hub id, typed as in `load_model`; safetensors only, no code from there."""
         from transformers import AutoModelForCausalLM
 
         with _explained(source):
             inner, info = AutoModelForCausalLM.from_pretrained(
                 source,
-                dtype=torch.float32,
+                dtype=torch.get_default_dtype(),
                 attn_implementation=ATTENTION_NAME,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -253,8 +254,9 @@ class HFCausalLM(LanguageModel):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             with init_empty_weights(include_buffers=False):
                 inner = AutoModelForCausalLM.from_config(
-                    config, dtype=torch.float32, attn_implementation=ATTENTION_NAME, trust_remote_code=False
-                )
+                    config, dtype=torch.get_default_dtype(), attn_implementation=ATTENTION_NAME,
+                    trust_remote_code=False,
+                )  # fmt: skip
         inner.tie_weights()
         return cls(inner)
 

@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if device != "cpu":
+        if device != "cpu" or torch.compiler.is_compiling():
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
         return _Normalise.apply(x.to(wide), self.weight.to(wide), self.eps).to(dtype)
