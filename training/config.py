@@ -250,11 +250,10 @@ class Config:
                 "--batch_size auto tries until memory runs out, and under --strategy fsdp the other processes would "
                 "wait for the one where it did: give a number"
             )
-        if self.param_dtype != "float32" and self.dtype not in ("auto", self.param_dtype):
-            problems.append(
-                f"--param_dtype {self.param_dtype} goes with --dtype {self.param_dtype} or auto: in {self.dtype} "
-                "nothing could be computed that such weights do not round away or overflow"
-            )
+        if self.param_dtype == "bfloat16" and self.dtype not in ("auto", "bfloat16"):
+            reason = "weights in bfloat16 are not computed in float32"
+            reason = "float16 cannot hold what bfloat16 can" if self.dtype == "float16" else reason
+            problems.append(f"--param_dtype bfloat16 goes with --dtype bfloat16 or auto: {reason}")
         if self.eval_samples and self.strategy == "fsdp":
             problems.append("--eval_samples: sharded models answer nothing here, use scripts.evaluate on final/")
         if self.export_ema and self.ema_decay is None:
@@ -331,7 +330,8 @@ class Config:
     def to_yaml(self) -> str:
         import yaml
 
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        values = dataclasses.asdict(self) | ({"batch_size": "auto"} if self.batch_size == AUTO else {})
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def field_types() -> dict[str, tuple[type, bool]]:
