@@ -3,8 +3,9 @@
     python -m scripts.bench_families --dtype float32
 
 Random weights are written once as a Llama; every contender trains them on the same batches in a process of its own, one
-after the other, round by round. Told are medians of tokens per second over all steps but the first and the last,
-seconds of the first step (where kernels are built) and the most memory that a process held.
+after the other, round by round. Told are medians of tokens per second over all steps but the first and the last, of
+tokens per second of computing (CPU time of all threads, which other work on the machine hardly touches), seconds of the
+first step (where kernels are built) and the most memory that a process held.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ CONTENDERS: dict[str, tuple[dict[str, Any], bool]] = {
     "built-in, bfloat16 weights": ({"param_dtype": "bfloat16", "dtype": "auto"}, False),
     "built-in, checkpointing": ({"gradient_checkpointing": 1}, False),
 }
+RATES = ("tokens_per_second", "tokens_per_cpu_second")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def contend(flags: dict[str, Any], through_transformers: bool) -> None:
+def contend(flags: dict[str, Any], through_transformers: bool, out: str) -> None:
     """The trainer as it is; what the built-in decoder could compute is left to transformers where that is asked."""
     import model.loading
     import train_full_sft
@@ -55,7 +59,15 @@ def contend(flags: dict[str, Any], through_transformers: bool) -> None:
 
     if through_transformers:
         model.loading.is_builtin = lambda config: False
-    train_full_sft.end_process(train_full_sft.main(make_config(flags)))
+    busy: list[float] = []  # CPU seconds until the end of each step
+
+    def tick(record: dict[str, Any]) -> None:
+        if record["kind"] == "train":
+            busy.append(time.process_time())
+
+    code = train_full_sft.main(make_config(flags), partial(train_full_sft.run, callbacks=[tick]))
+    Path(out).write_text(json.dumps(busy))
+    train_full_sft.end_process(code)
 
 
 def run(options: argparse.Namespace, directory: Path, name: str) -> dict[str, Any]:
@@ -67,12 +79,17 @@ def run(options: argparse.Namespace, directory: Path, name: str) -> dict[str, An
         "max_seq_len": options.max_seq_len, "save_dir": str(directory / "run"), "overwrite": 1, "report": 0,
         "log_interval": 1, "save_interval": "99epoch", "eval_interval": "99epoch", "skip_checks": 1, **more,
     }  # fmt: skip
-    told = json.dumps([flags, through_transformers])
+    told = json.dumps([flags, through_transformers, str(directory / "busy.json")])
     peak, _ = measured([sys.executable, "-m", "scripts.bench_families", "--contender", told], options.threads)
     lines = (directory / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    busy = json.loads((directory / "busy.json").read_text())
+    rates = [step["train/tokens_per_second"] for step in steps]
+    tokens = [rate * step["train/seconds_per_step"] for rate, step in zip(rates, steps, strict=True)]
+    spent = [end - begin for begin, end in zip(busy, busy[1:], strict=False)]
     return {
-        "tokens_per_second": [step["train/tokens_per_second"] for step in steps[1:-1]],
+        "tokens_per_second": rates[1:-1],
+        "tokens_per_cpu_second": [count / cpu for count, cpu in zip(tokens[1:], spent, strict=True)][:-1],
         "first_step_seconds": steps[0]["train/seconds_per_step"],
         "losses": [step["train/loss"] for step in steps],
         "peak_bytes": peak,
@@ -107,19 +124,20 @@ def main() -> None:
     result: dict[str, Any] = {"parameters": sum(network.parameter_counts()), "options": vars(options)}
     for name, runs in turns.items():
         result[name] = {
-            "tokens_per_second": statistics.median(rate for each in runs for rate in each["tokens_per_second"]),
+            **{kind: statistics.median(rate for each in runs for rate in each[kind]) for kind in RATES},
             "first_step_seconds": [each["first_step_seconds"] for each in runs],
             "peak_bytes": max(each["peak_bytes"] for each in runs),
             "losses": runs[0]["losses"],
         }
     Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
-    first = result[names[0]]["tokens_per_second"]
+    first = result[names[0]]["tokens_per_cpu_second"]
     print(f"\n{result['parameters'] / 1e6:.1f} million weights, {options.dtype}\n")
-    print("| | tokens/s | ratio | first step | peak memory | loss of the last step |\n|---|---|---|---|---|---|")
+    print("| | tokens/s | tokens per CPU second | ratio | first step | peak memory | last loss |\n|" + "---|" * 7)
     for name in names:
         one = result[name]
         print(
-            f"| {name} | {one['tokens_per_second']:,.0f} | {one['tokens_per_second'] / first:.2f} | "
+            f"| {name} | {one['tokens_per_second']:,.0f} | {one['tokens_per_cpu_second']:,.0f} | "
+            f"{one['tokens_per_cpu_second'] / first:.2f} | "
             f"{min(one['first_step_seconds']):.1f} s | {one['peak_bytes'] / 2**20:,.0f} MiB | {one['losses'][-1]:.4f} |"
         )
 
