@@ -72,11 +72,10 @@ def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False) ->
     disagreement.
     """
     from_weight, shape, dropout = request.from_weight, request.shape, request.dropout
-    if from_weight == NEW:
-        config = DecoderConfig(vocab_size=vocab_size, dropout=dropout, **shape)
-        with weights_in(getattr(torch, request.param_dtype)):
-            return build_skeleton(config) if empty else build_model(config, request.seed, request.init)
     with weights_in(getattr(torch, request.param_dtype)):
+        if from_weight == NEW:
+            config = DecoderConfig(vocab_size=vocab_size, dropout=dropout, **shape)
+            return build_skeleton(config) if empty else build_model(config, request.seed, request.init)
         model = load_skeleton(from_weight, dropout) if empty else load_model(from_weight, dropout)
     if dropout and not isinstance(model, Decoder):
         raise ValueError(

@@ -168,8 +168,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = config.dropout
-
-        self.token_wise = ("before", "between") if isinstance(self.mlp, Mixture) else ("before", "after")
+        self.token_wise = ("before", "after" if dense else "between")  # methods that treat all tokens alike
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
         """The states after the layer, and the router logits (T, experts) of a mixture."""

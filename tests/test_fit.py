@@ -85,6 +85,8 @@ def test_auto_stands_for_zero_and_gives_way_to_what_was_found():
     assert not wants_fit(config, stages)
     with pytest.raises(ConfigError, match="--batch_size auto tries until memory runs out"):
         Config(batch_size=AUTO, strategy="fsdp")
+    with pytest.raises(ConfigError, match="batch_size auto is for all that give no number"):
+        read_stages(make_config({"stages": '[{"batch_size": "auto"}]'}))
     with pytest.raises(ConfigError, match="--batch_size many: not a whole number"):
         make_config({"batch_size": "many"})
 
