@@ -40,7 +40,7 @@ from dataset.load import DataRequest, RunData, batches_of, fetch_windows, load_r
 from dataset.prepare import DataOptions
 from dataset.questions import Question, questions_of
 from dataset.reader import DataError, UnsafeDataError
-from dataset.rows import FILLER, PackedRows, collate
+from dataset.rows import FILLER, PackedRows, collate, longest_row
 from model.card import model_card
 from model.choose import (
     ModelRequest,
@@ -53,6 +53,7 @@ from model.choose import (
     shape_of,
     sizes_of,
 )
+from model.compile import compile_layers
 from model.export import export_model
 from model.generate import generate
 from model.losses import make_sft_objective
@@ -93,6 +94,7 @@ from training.control import EARLY, LOST_PEER, PREEMPTED, ControlFile, SignalFla
 from training.doctor import check_start
 from training.ema import Ema
 from training.environment import write_descriptions
+from training.fit import most_rows, rows_that_fit, settle, wants_fit
 from training.identity import identity_of
 from training.meeting import meet
 from training.observe import duration
@@ -280,14 +282,9 @@ def finish_step(
 
 
 def judge_norm(
-    learner: Learner,
-    norm: float,
-    losses: list[Tensor],
-    window: list[Batch],
-    state: LoopState,
-    records: RunRecords,
+    learner: Learner, norm: float, losses: list[Tensor], window: list[Batch], state: LoopState, records: RunRecords,
     rows: PackedRows,
-) -> None:
+) -> None:  # fmt: skip
     """Count and report a step whose gradient was not finite; raises NonFiniteError when there are too many."""
     if math.isfinite(norm):
         state.non_finite_in_a_row = 0
@@ -454,13 +451,16 @@ def run_job(
     processes.agree_on("how the run starts", start)
     if config.deterministic:
         use_deterministic_kernels()
-    dtype_name = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    in_half = device.type == "cuda" or config.param_dtype == "bfloat16"
+    dtype_name = config.dtype if config.dtype != "auto" else "bfloat16" if in_half else "float32"
     dtype = getattr(torch, dtype_name)
 
     # 3. Model
     sharded = config.strategy == "fsdp" and world_size > 1
     model = choose_model(wanted, len(tokenizer), empty=sharded)
     check_positions(model, data.train.store.lengths, config.max_seq_len)
+    if config.use_compile:
+        compile_layers(model)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     measure = objective or make_sft_objective()
@@ -473,9 +473,7 @@ def run_job(
         logger.warning("--strategy fsdp: one process alone has nothing to share, the model stays whole")
     strategy = Strategy(config.strategy, config.shard_size, config.cpu_offload, dtype)
     model = (model if sharded else model.to(device)).train()
-    parallel = parallelize(
-        model, processes, strategy, zero_loss=lambda wrapped: loss_of(objective(wrapped, filler), {})
-    )
+    parallel = parallelize(model, processes, strategy, lambda wrapped: loss_of(objective(wrapped, filler), {}))
 
     # 4. Optimizer
     optimizer = make_optimizer(model, config)
@@ -495,6 +493,10 @@ def run_job(
     state = LoopState.from_dict(saved["loop"], processes.is_main) if checkpoint else LoopState()
     # Not where a run branches off another one, or goes back to a version that was set aside.
     in_place = checkpoint is not None and checkpoint.resolve() == store.path(state.step).resolve()
+    if wants_fit(config, stages):
+        same = saved.get("world_size") == world_size
+        rows = saved["config"]["batch_size"] if same else find_rows(learner, config, stages, data)
+        config, stages = settle(config, stages, rows)
     window_rows = rows_per_step(stages, world_size, saved.get("global_batch_size", []))
     if state.rows >= data.train.rows_of(state.epoch) and not state.unfinished:  # only where other data was allowed
         state.next_epoch()
@@ -645,6 +647,19 @@ def run_job(
     close_processes(processes)
     status = "completed" if not reason else "preempted" if reason == PREEMPTED else "stopped"
     return {"status": status, "step": state.step, **records.last_eval}
+
+
+def find_rows(learner: Learner, config: Config, stages: list[Stage], data: RunData) -> int:
+    """The rows of a micro-batch for which a forward and a backward pass find memory on every rank."""
+    processes, model = learner.processes, unwrap(learner.model)  # nothing is exchanged: each rank tries by itself
+    longest = longest_row(max(stage.config.max_seq_len for stage in stages), int(data.train.store.lengths.max()))
+
+    def loss_of_rows(rows: int) -> Tensor:
+        with learner.autocast():
+            return loss_of(learner.objective(model, to_device(collate([longest] * rows), processes.device)), {})
+
+    most = most_rows(stages, data.train.rows_of(0), processes.world_size)
+    return processes.least(rows_that_fit(loss_of_rows, model, most, config, processes.device))
 
 
 def export_results(config: Config, store: CheckpointStore, last_step: int, export: Callable[..., None]) -> None:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,6 +66,10 @@ class Processes:
     def from_main(self, value: int) -> int:
         """The number that rank 0 has."""
         return self.sum_ints([value if self.is_main else 0])[0]
+
+    def least(self, value: int) -> int:
+        """The smallest of the ranks' numbers."""
+        return min(self.sum_ints([value * (rank == self.rank) for rank in range(self.world_size)]))
 
     def agree_on(self, what: str, *values: Any) -> None:
         """Raise ValueError on all ranks where one of them has other values than the others."""
@@ -569,6 +574,7 @@ def load_checkpoint(weights: Reader, moments: Reader, model: nn.Module, optimize
         parameter = parameters[name]
         # Beside what is shaped like its parameter, and sharded like it, an optimizer counts steps.
         alike = shape == tuple(parameter.shape)
-        value = torch.zeros_like(parameter, requires_grad=False) if alike else torch.zeros(shape)
+        zeros = partial(torch.zeros_like, parameter, requires_grad=False) if alike else partial(torch.zeros, shape)
+        value = zeros(dtype=moments.dtypes[full_name])
         moments.read(full_name, *local_part(value))
         optimizer.state[parameter][key] = value if alike else value.to(parameter.device)

@@ -48,6 +48,13 @@ class PackedRows(Dataset[list[Document]]):
         return [Document(sample, *self.store.tokens(sample)) for sample in samples]
 
 
+def longest_row(max_seq_len: int, longest_document: int) -> list[Document]:
+    """A row that takes as much memory as rows can: full, all supervised, of documents as long as there are."""
+    lengths = [longest_document] * (max_seq_len // longest_document) + [max_seq_len % longest_document]
+    sizes = [max(2, length) for length in lengths if length]
+    return [Document(FILLER, np.zeros(size, dtype=np.int64), np.ones(size, dtype=np.bool_)) for size in sizes]
+
+
 def collate(rows: list[list[Document]]) -> dict[str, Any]:
     """Lays the documents of all rows end to end as one batch of T input positions without padding.
 

@@ -25,7 +25,7 @@ from model.loading import (
     weight_files,
 )
 from model.lora import add_adapters, fill_adapters
-from model.parts import PartOf
+from model.parts import PartOf, weights_in
 from model.trust import NO_TRUST, Trust, UnsafeModelError, refuse_unsafe_tokenizer
 from model.vocabulary import grow
 
@@ -74,6 +74,7 @@ class ModelRequest:
     dropout: float = 0.0
     seed: int = 0
     init: str = "fan_in"
+    param_dtype: str = "float32"
     revision: str | None = None  # of a Hub id
     trust_remote_code: bool = False
     lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha, targets and dropout of adapters, if it has any
@@ -94,10 +95,11 @@ def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False) ->
     """
     from_weight, shape, dropout = request.from_weight, request.shape, request.dropout
     trust = request.trust_in(from_weight)
-    if from_weight == NEW:
-        config = DecoderConfig(vocab_size=vocab_size, dropout=dropout, **shape)
-        return build_skeleton(config) if empty else build_model(config, request.seed, request.init)
-    model = (load_skeleton if empty else load_model)(from_weight, dropout, trust)
+    with weights_in(getattr(torch, request.param_dtype)):
+        if from_weight == NEW:
+            config = DecoderConfig(vocab_size=vocab_size, dropout=dropout, **shape)
+            return build_skeleton(config) if empty else build_model(config, request.seed, request.init)
+        model = (load_skeleton if empty else load_model)(from_weight, dropout, trust)
     if dropout and not isinstance(model, Decoder):
         raise ValueError(
             f"--dropout {dropout}: {from_weight} keeps the dropout of its own config.json; change it there"

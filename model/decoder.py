@@ -130,10 +130,10 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, what comes before tokens see each other."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
 
 class FeedForward(nn.Module):
@@ -168,13 +168,31 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = config.dropout
+        self.token_wise = ("before", "after" if dense else "between")  # methods that treat all tokens alike
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
         """The states after the layer, and the router logits (T, experts) of a mixture."""
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), cos, sin, attend), self.dropout, self.training)
-        normal = self.post_attention_layernorm(x)
-        output, router_logits = self.mlp(normal) if isinstance(self.mlp, Mixture) else (self.mlp(normal), None)
-        return x + F.dropout(output, self.dropout, self.training), router_logits
+        attended = attend(*self.before(x, cos, sin))
+        if not isinstance(self.mlp, Mixture):
+            return self.after(x, attended), None
+        x, normal = self.between(x, attended)
+        output, router_logits = self.mlp(normal)
+        return x + self._dropped(output), router_logits
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.heads(self.input_layernorm(x), cos, sin)
+
+    def between(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The states after attention, and what the feed-forward is given of them."""
+        x = x + self._dropped(self.self_attn.o_proj(attended.flatten(-2)))
+        return x, self.post_attention_layernorm(x)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        x, normal = self.between(x, attended)
+        return x + self._dropped(self.mlp(normal))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
 
 
 class Body(nn.Module):
@@ -216,7 +234,7 @@ class Decoder(LanguageModel):
             if parameter.dim() == 1:
                 part.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
-            draw = torch.empty(parameter.shape).normal_(0.0, 1.0, generator=generator)[block(part, begin)]
+            draw = torch.empty(parameter.shape, dtype=torch.float32).normal_(generator=generator)[block(part, begin)]
             if name.endswith(("embed_tokens.weight", "mlp.gate.weight", "shared_expert_gate.weight")):
                 part.copy_(draw * self.config.initializer_range)
             else:

@@ -78,9 +78,8 @@ def _with_adapters(
 ) -> tuple[Decoder | HFCausalLM, dict[str, Tensor]]:
     """The base without memory for its weights, and these, read anew, with what the trained ones add."""
     if adapters.digest not in ("", digest_of(adapters.files())):
-        raise ValueError(
-            f"the weights in {adapters.config.base_model_name_or_path} are no longer those that the adapters were trained on"
-        )
+        base = adapters.config.base_model_name_or_path
+        raise ValueError(f"the weights in {base} are no longer those that the adapters were trained on")
     weights = adapters.load_base().state_dict()
     merge(weights, trained, adapters.config, dtype)
     return adapters.load_base(empty=True), weights

@@ -49,18 +49,19 @@ def build_model(config: DecoderConfig, seed: int, init: str = "fan_in") -> Decod
 
 
 def load_model(source: str | Path, dropout: float = 0.0, trust: Trust = NO_TRUST) -> "Decoder | HFCausalLM":
-    """Float32 weights of a directory or a Hub id, in the built-in decoder where it fits and through transformers else.
+    """The weights of a directory or a Hub id, in the built-in decoder where it fits and through transformers else.
 
-    `dropout` is the decoder's; other models keep what their own config.json says. Raises ValueError for weights that do
-    not fit their config.json and for families whose packed documents would influence each other; UnsafeModelError for
-    what is a program.
+    They are float32, or of the type of `weights_in` around the call, and are read right into it. `dropout` is the
+    decoder's; other models keep what their own config.json says. Raises ValueError for weights that do not fit their
+    config.json and for families whose packed documents would influence each other; UnsafeModelError for what is a
+    program.
     """
     if is_builtin_directory(source, trust):
         decoder = Decoder(_decoder_config_in(source, dropout))
         fill_from_files(decoder, source)
         return decoder
     model = HFCausalLM.from_pretrained(source, trust)
-    check_isolation(model)
+    check_isolation(model, 1e-3 if torch.get_default_dtype() == torch.float32 else 0.05)
     return model
 
 
@@ -265,7 +266,10 @@ class HFCausalLM(LanguageModel):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, trust: Trust = NO_TRUST) -> "HFCausalLM":
-        """Float32 weights of a directory or a Hub id; safetensors only, and code of its own only where trusted."""
+        """The weights of a directory or a Hub id, typed as in `load_model`; safetensors only.
+
+        Code of its own is run only where that is trusted.
+        """
         from transformers import AutoModelForCausalLM
 
         with _explained(source):
@@ -273,7 +277,7 @@ class HFCausalLM(LanguageModel):
                 partial(
                     AutoModelForCausalLM.from_pretrained,
                     source,
-                    dtype=torch.float32,
+                    dtype=torch.get_default_dtype(),
                     use_safetensors=True,
                     output_loading_info=True,
                     **trust.options(),
@@ -298,7 +302,7 @@ class HFCausalLM(LanguageModel):
                 own_class.register_for_auto_class("AutoModelForCausalLM")  # an export copies its code
                 make = own_class._from_config
             with init_empty_weights(include_buffers=False):
-                inner = _with_our_attention(partial(make, config, dtype=torch.float32))
+                inner = _with_our_attention(partial(make, config, dtype=torch.get_default_dtype()))
         inner.tie_weights()
         return cls(inner)
 

@@ -25,7 +25,10 @@ class RMSNorm(nn.Module):
         if device != "cpu":
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
-        return _Normalise.apply(x.to(wide), self.weight.to(wide), self.eps).to(dtype)
+        x, weight = x.to(wide), self.weight.to(wide)
+        if torch.compiler.is_compiling():  # which makes one pass of the small steps by itself
+            return F.rms_norm(x, weight.shape, weight, self.eps).to(dtype)
+        return _Normalise.apply(x, weight, self.eps).to(dtype)
 
 
 class _Normalise(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """What every module is made of: weights not yet set, of which a process may hold only a part, and recomputation."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -16,6 +17,17 @@ Inside = tuple[slice | int, ...]  # the index of a region in a whole tensor, who
 def unset(kind: type[nn.Module], *sizes: int, **options: bool) -> nn.Module:
     """A module whose weights are not set, since building a model must not consume the global generator."""
     return skip_init(kind, *sizes, device=torch.get_default_device(), **options)
+
+
+@contextlib.contextmanager
+def weights_in(dtype: torch.dtype) -> Iterator[None]:
+    """What is built in this block has its weights in this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def projection(inputs: int, outputs: int, bias: bool = False) -> nn.Module:

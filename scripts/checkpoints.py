@@ -221,8 +221,8 @@ def export(place: Place, options: argparse.Namespace) -> int:
         raise ValueError(f"{out} exists already: delete it, or name another directory with --out")
     manifest, state = read_manifest(checkpoint), read_trainer_state(checkpoint)
     settings = state["config"]
-    recorded = {name: settings[name] for name in ("from_weight", "revision", "trust_remote_code") if name in settings}
-    wanted = ModelRequest(**recorded, lora=lora_of(settings))
+    names = ("from_weight", "param_dtype", "revision", "trust_remote_code")
+    wanted = ModelRequest(**{name: settings[name] for name in names if name in settings}, lora=lora_of(settings))
     tokenizer = load_tokenizer(
         options.tokenizer or choose_tokenizer(settings["tokenizer"], wanted.from_weight), settings["chat_template"]
     )

@@ -254,7 +254,7 @@ def other_value(f):
 def test_a_saved_configuration_with_other_values_everywhere_reads_back_equal(tmp_path):
     alternatives = {"warmup_ratio", "val_fraction", "stages"}  # each excludes another flag
     apart = {"overwrite", "init", "optimizer", "system_field", "cpu_offload", "shard_size", "strategy", "data_format"}
-    apart |= {"gradient_penalty", "trust_remote_code"}
+    apart |= {"gradient_penalty", "trust_remote_code", "param_dtype"}
     values = {f.name: other_value(f) for f in fields(Config) if f.name not in alternatives | apart}
     config = make_config(values)
     assert all(getattr(config, f.name) != f.default for f in fields(Config) if f.name in values)

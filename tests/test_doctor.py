@@ -25,6 +25,7 @@ from training.doctor import (
     Sizes,
     check_clock,
     check_start,
+    compiler_lacks,
     examine,
     look_around,
     memory_need,
@@ -52,6 +53,25 @@ def test_a_good_machine_has_no_findings_but_good_ones():
     assert levels(Config(), replace(GOOD, gpus=(H100,)), LARGE, 8, 8) != {}
     many = replace(GOOD, gpus=(H100,) * 8, threads=2)
     assert levels(Config(strategy="fsdp", batch_size=1), many, LARGE, 8, 8) == {}
+
+
+def test_a_missing_compiler_is_told_before_a_run_that_needs_one(monkeypatch, tmp_path):
+    machine = replace(GOOD, compiler_lacks=("g++",))
+    assert levels(Config(batch_size=4), machine) == {}
+    assert levels(Config(batch_size=4, use_compile=True), machine) == {"compiler": ERROR}
+    assert levels(Config(batch_size=4, use_compile=True)) == {}
+    assert compiler_lacks() == ()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert compiler_lacks() == ("no-such-compiler",)
+    with pytest.raises(ValueError, match=r"which lacks no-such-compiler; apt-get install g\+\+ python3-dev"):
+        check_start(Config(save_dir=str(tmp_path), use_compile=True), None, 1)
+
+
+def test_weights_in_half_the_bytes_take_half_the_room():
+    wide, half = Config(), Config(param_dtype="bfloat16")
+    assert state_bytes(half, 1000) * 2 == state_bytes(wide, 1000) == 12_000
+    assert state_bytes(replace(half, ema_decay=0.9), 1000) == 10_000
+    assert memory_need(half, LARGE, 1, True).certain * 2 == memory_need(wide, LARGE, 1, True).certain
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.flags import INTERVAL, ConfigError, convert, did_you_mean, field_problems, flag
+from training.flags import AUTO, INTERVAL, ConfigError, convert, did_you_mean, field_problems, flag
 from training.weights import parse_loss_weights
 
 ALLOWED_CHANGES = (
@@ -117,7 +117,7 @@ class Config:
     stages: str | None = flag(None, "table of stages (YAML or JSON), each a row of flags that replace those of the run; see docs/strategy.md", group="training")
     epochs: int = flag(2, "passes over the data", group="training", minimum=1)
     max_steps: int | None = flag(None, "steps of the whole run, replaces --epochs", group="training", minimum=1)
-    batch_size: int = flag(16, "rows per rank and micro-batch", group="training", minimum=1)
+    batch_size: int = flag(16, "rows per rank and micro-batch; auto (or 0) = 64, or half as often as memory needs, found once before the first step", group="training", minimum=AUTO)
     accumulation_steps: int = flag(1, "micro-batches per step", group="training", minimum=1)
     global_batch_size: int | None = flag(None, "rows per step over all ranks (default: batch_size x accumulation_steps x ranks at the first start)", group="training", minimum=1)
     learning_rate: float = flag(5e-4, "peak learning rate", group="training", above=0)
@@ -173,7 +173,9 @@ class Config:
     strategy: str = flag("ddp", "ddp = every process holds the whole model, fsdp = its share of every tensor", group="hardware", choices=("ddp", "fsdp"))
     shard_size: int | None = flag(None, "processes that share one copy of the model under fsdp (default: all; processes per node = hybrid sharding)", group="hardware", minimum=2)
     cpu_offload: bool = flag(False, "keep the shards of fsdp in host memory between uses (CUDA)", group="hardware")
+    param_dtype: str = flag("float32", "type of weights, gradients and optimizer state; bfloat16 takes half the memory and loses updates under 1/256 of a weight", group="hardware", choices=("float32", "bfloat16"))
     gradient_checkpointing: bool = flag(False, "keep each layer's input only and compute the rest again in the backward pass", group="hardware")
+    use_compile: bool = flag(False, "compile each layer's work on single tokens once for all lengths (torch.compile); needs a C++ compiler", group="hardware")
     group_timeout_seconds: int = flag(120, "seconds without progress that count as a hang; before the first step 2.5 times as many", group="hardware", minimum=2)
 
     save_dir: str = flag("runs/full_sft", "directory of the run", group="run")
@@ -268,6 +270,17 @@ class Config:
                 problems.append(f"--{name} needs held-out data: --val_data_path or --val_fraction")
         if self.gradient_penalty and (self.gradient_checkpointing or self.strategy == "fsdp"):
             problems.append("--gradient_penalty goes neither with --gradient_checkpointing nor with --strategy fsdp")
+        if self.gradient_penalty and self.use_compile:
+            problems.append("--gradient_penalty differentiates twice, which --use_compile does not allow: choose one")
+        if self.batch_size == AUTO and self.strategy == "fsdp":
+            problems.append(
+                "--batch_size auto tries until memory runs out, and under --strategy fsdp the other processes would "
+                "wait for the one where it did: give a number"
+            )
+        if self.param_dtype == "bfloat16" and self.dtype not in ("auto", "bfloat16"):
+            reason = "weights in bfloat16 are not computed in float32"
+            reason = "float16 cannot hold what bfloat16 can" if self.dtype == "float16" else reason
+            problems.append(f"--param_dtype bfloat16 goes with --dtype bfloat16 or auto: {reason}")
         if self.eval_samples and self.strategy == "fsdp":
             problems.append("--eval_samples: sharded models answer nothing here, use scripts.evaluate on final/")
         if self.export_ema and self.ema_decay is None:
@@ -317,7 +330,7 @@ class Config:
     @property
     def model_request(self) -> dict[str, Any]:
         """Which model a run trains."""
-        names = ("from_weight", "dropout", "seed", "init", "revision", "trust_remote_code")
+        names = ("from_weight", "dropout", "seed", "init", "param_dtype", "revision", "trust_remote_code")
         return {**{name: getattr(self, name) for name in names}, "shape": self.shape, "lora": lora_of(vars(self))}
 
     @property
@@ -344,7 +357,8 @@ class Config:
     def to_yaml(self) -> str:
         import yaml
 
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        values = dataclasses.asdict(self) | ({"batch_size": "auto"} if self.batch_size == AUTO else {})
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def lora_of(settings: Mapping[str, Any]) -> dict[str, Any]:

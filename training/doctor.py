@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ class Machine:
     open_files: int
     gpus: tuple[Gpu, ...]
     clock: float  # Unix seconds
+    compiler_lacks: tuple[str, ...] = ()  # what torch.compile would need besides
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,13 @@ def gib(size: float) -> str:
 
 
 def state_bytes(config: Config, parameters: int) -> int:
-    """Of a checkpoint: weights in float32, the optimizer's state, a moving average."""
-    kept = 1 + OPTIMIZER_NUMBERS[config.optimizer] + config.amsgrad + (config.ema_decay is not None)
-    return 4 * parameters * kept
+    """Of a checkpoint: weights and the optimizer's state in their type, a moving average in float32."""
+    kept = 1 + OPTIMIZER_NUMBERS[config.optimizer] + config.amsgrad
+    return parameters * (weight_bytes(config) * kept + 4 * (config.ema_decay is not None))
+
+
+def weight_bytes(config: Config) -> int:
+    return 2 if config.param_dtype == "bfloat16" else 4
 
 
 def memory_need(config: Config, sizes: Sizes, world_size: int, on_gpu: bool) -> Need:
@@ -106,20 +112,20 @@ def memory_need(config: Config, sizes: Sizes, world_size: int, on_gpu: bool) -> 
     shared = config.strategy == "fsdp" and world_size > 1
     parts = (config.shard_size or world_size) if shared else 1
     # Besides the trained weights: their gradients, and the frozen ones.
-    certain = (state_bytes(config, sizes.learnt) + 4 * sizes.parameters) // parts
+    certain = (state_bytes(config, sizes.learnt) + weight_bytes(config) * sizes.parameters) // parts
     if config.cpu_offload and on_gpu:
         certain = 0
-    half = config.dtype in ("bfloat16", "float16") or (config.dtype == "auto" and on_gpu)
+    half = config.dtype in ("bfloat16", "float16") or (config.dtype == "auto" and (on_gpu or weight_bytes(config) == 2))
     number = 2 if half else 4
-    tokens = config.batch_size * config.max_seq_len
+    tokens = max(1, config.batch_size) * config.max_seq_len
     # What a layer keeps for its backward pass: about eight times its input, and four times the inside of its MLP.
     of_layer = tokens * number * (8 * sizes.hidden_size + 4 * sizes.intermediate_size)
     of_input = tokens * 4 * sizes.hidden_size
     layers = sizes.num_hidden_layers
     activations = of_layer + layers * of_input if config.gradient_checkpointing else layers * of_layer
     logits = 3 * 4 * min(tokens * sizes.vocab_size, MAX_LOGITS)
-    casts = 2 * sizes.parameters // parts if half else 0
-    gradients = 4 * sizes.learnt // parts  # not yet there when a step holds most activations
+    casts = 2 * sizes.parameters // parts if half and weight_bytes(config) > 2 else 0
+    gradients = weight_bytes(config) * sizes.learnt // parts  # not yet there when a step holds most activations
     peak = max(certain, certain - gradients + activations + logits)
     return Need(certain, peak + casts + PROCESS_BYTES)
 
@@ -184,7 +190,7 @@ def smaller(config: Config) -> str:
         else "",
         "--strategy fsdp on several devices" if config.strategy != "fsdp" else "more processes, --cpu_offload",
         f"--max_seq_len below {config.max_seq_len}",
-        "--dtype bfloat16",
+        "--dtype bfloat16" if config.dtype != "bfloat16" else "--param_dtype bfloat16",
         "a smaller model",
     ]
     return "try " + ", ".join(way for way in ways if way)
@@ -233,6 +239,15 @@ def check_threads(config: Config, machine: Machine, local: int) -> list[Finding]
     return [Finding(OK, "threads", words)]
 
 
+def check_compiler(config: Config, machine: Machine) -> list[Finding]:
+    if not config.use_compile:
+        return []
+    if machine.compiler_lacks:
+        words = f"--use_compile 1 builds its kernels here, which lacks {', '.join(machine.compiler_lacks)}"
+        return [Finding(ERROR, "compiler", words, "apt-get install g++ python3-dev (CXX names another compiler)")]
+    return [Finding(OK, "compiler", "all that --use_compile 1 needs")]
+
+
 def check_clock(machine: Machine, disk_clock: float | None = None) -> list[Finding]:
     """The clock of this host, against the one that dates its files (another host's, where the disk is shared)."""
     remedy = "set the clock, best by NTP: records and states carry its time"
@@ -267,7 +282,16 @@ def look_around(save_dir: Path) -> Machine:
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         gpus=tuple(Gpu(*known) for known in Gpus(64).memory()),
         clock=time.time(),
+        compiler_lacks=compiler_lacks(),
     )
+
+
+def compiler_lacks() -> tuple[str, ...]:
+    """What torch.compile calls for and does not find, by the names that it goes by."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    lacks = [compiler] if shutil.which(compiler) is None else []
+    return (*lacks, *([str(headers)] if not headers.is_file() else []))
 
 
 def pinned_packages() -> dict[str, tuple[str | None, str]]:
@@ -287,6 +311,7 @@ def installed_version(package: str) -> str | None:
 def examine(config: Config, machine: Machine, sizes: Sizes | None, world_size: int, local: int) -> list[Finding]:
     """All checks that need nothing but facts; without `sizes` none of memory and disk."""
     found = [*check_python(machine), *check_packages(machine), *check_threads(config, machine, local)]
+    found += check_compiler(config, machine)
     if sizes is not None:
         found += [*check_memory(config, machine, sizes, world_size, local), *check_disk(config, machine, sizes)]
     return [*found, *check_shared_memory(config, machine, local), *check_clock(machine)]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import field
 from typing import Any
 
+AUTO = 0  # a batch size that is found before the first step
 INTERVAL = re.compile(r"[1-9]\d*(epoch)?")
 
 
@@ -49,6 +50,8 @@ def convert(name: str, value: Any, plain: type, optional: bool, mapping: bool = 
         if text.lower() in ("0", "false", "no"):
             return False
         raise ValueError(f"--{name} {value}: not 0 or 1")
+    if name == "batch_size" and text == "auto":
+        return AUTO
     if plain is str:
         if name == "stages" and isinstance(value, list):
             return json.dumps(value, ensure_ascii=False, default=str)

@@ -38,9 +38,14 @@ def identity_of(
         + measured_on,
         "optimizer": _said(config, OPTIMIZER_FLAGS),
         "objective": " | ".join(_said(stage.config, OBJECTIVE_FLAGS) for stage in stages),
-        "precision": dtype,
+        "precision": ", ".join([dtype, *_how_numbers_are_kept(config)]),
         "global_batch_size": " | ".join(map(str, window_rows)),
     }
+
+
+def _how_numbers_are_kept(config: Config) -> list[str]:
+    weights = [f"weights {config.param_dtype}"] if config.param_dtype != "float32" else []
+    return [*weights, *(["compiled"] if config.use_compile else [])]
 
 
 def _said(config: Config, names: Iterable[str]) -> str:

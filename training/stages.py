@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import ALTERNATIVES, Config, make_config, overlay
-from training.flags import ConfigError, did_you_mean
+from training.flags import AUTO, ConfigError, did_you_mean
 from training.weights import parse_loss_weights
 from training.yaml_files import parse_yaml
 
@@ -74,6 +74,8 @@ def read_stages(config: Config) -> list[Stage]:
             epochs = counts["repeats"] * counts["mini_epochs"]
             given = {key: value for key, value in flags.items() if key not in foreign}
             merged = make_config(overlay(plain.given, {**given, "epochs": epochs}))
+            if merged.batch_size == AUTO != plain.batch_size:
+                problems.append(f"{where}: batch_size auto is for all that give no number: --batch_size auto")
             stages.append(Stage(name, str(row.get("description") or ""), config=merged, **counts))
         except ConfigError as error:
             problems += [f"{where}: {problem}" for problem in error.problems]
