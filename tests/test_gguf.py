@@ -4,19 +4,14 @@ import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from dataset.chat import ChatRenderer
 from dataset.demo import held_out_conversations
-from dataset.rows import Document, collate
 from model.choose import OWN_TOKENIZER, load_tokenizer
-from model.decoder import DecoderConfig
-from model.export import export_model
-from model.loading import build_model
-from model.losses import sft_objective
 from scripts import gguf_file
 from scripts.compare_gguf import ODD_TEXTS, LlamaCpp
 from scripts.compare_gguf import main as compare
 from scripts.export import DTYPES, main
 from scripts.gguf_file import PRE_TOKENIZERS, adds_bos, write_gguf
+from tests.small_world import export_learnt
 from tests.test_export import foreign
 from tests.test_families import SHAPES, SHARED, lively
 from tests.tiny_model import logits_of, pack, tokens
@@ -219,21 +214,9 @@ def test_a_text_that_gets_an_end_and_a_vocabulary_that_is_too_small_are_refused(
 
 
 @pytest.fixture(scope="module")
-def final(tmp_path_factory, tokenizer):
-    """An exported model that has learnt some answers of the demo by heart, and not those to other prompts."""
-    renderer = ChatRenderer(tokenizer)
-    samples = [renderer.render(row["messages"]) for row in held_out_conversations()[::9]]
-    batch = collate([[Document(i, sample.ids, sample.supervised) for i, sample in enumerate(samples)]])
-    config = DecoderConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
-    model = build_model(config, seed=0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(40):
-        loss = sft_objective(model, batch)["ce"] / len(batch["targets"])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def final(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run") / "final"
-    export_model(directory, model, OWN_TOKENIZER)
+    export_learnt(directory, [row["messages"] for row in held_out_conversations()[::9]])
     return directory
 
 
