@@ -110,12 +110,17 @@ def check_positions(model: Any, lengths: np.ndarray, max_seq_len: int) -> None:
 
     A row may be longer: every sample in it begins at position 0.
     """
-    longest, known = int(lengths.max()) - 1, getattr(model.config, "max_position_embeddings", None)
-    if known is not None and longest > known:
+    longest, known = int(lengths.max()) - 1, context_of(model)
+    if longest > known:
         raise ValueError(
             f"--max_seq_len {max_seq_len}: a sample has {longest} tokens, the model knows {known} positions; give "
             f"--max_seq_len {known} and say with --overlong what to do with longer samples"
         )
+
+
+def context_of(model: Any) -> int:
+    """How many positions the model can tell apart; a number that no text reaches where it has no such bound."""
+    return getattr(model.config, "max_position_embeddings", None) or 2**31 - 1
 
 
 def shape_of(model: Any, names: Iterable[str]) -> dict[str, int | None]:

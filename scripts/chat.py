@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.evaluate import exit_code_of, positive
+from scripts.evaluate import chat_tokenizer, exit_code_of, positive
 
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character while its last ones are missing
@@ -27,6 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("directory", metavar="DIR", type=Path, help="exported model (runs/x/final) or run (runs/x)")
     flag("--prompt", metavar="TEXT", action="append", help="answer this and leave; again for the next turn of the talk")
     flag("--system", metavar="TEXT", help="system message that the conversation begins with")
+    flag("--chat_template", metavar="FILE", help="Jinja chat template, instead of the one in DIR")
     flag("--temperature", metavar="X", type=float, default=0.0, help="0 = always the likeliest token (default)")
     flag(
         "--top_p",
@@ -91,11 +92,12 @@ class Talk:
 
     def answer(self, text: str, interruptible: bool) -> None:
         """Write the answer as it comes and remember it. Raises ValueError where the context has no room for one."""
+        from model.choose import context_of
         from model.generate import generate_stream
 
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = self.renderer.prompt_ids(asked)
-        context = self.model.config.max_position_embeddings
+        context = context_of(self.model)
         room = context + 1 - len(prompt)  # the last new token is never read, so it takes no position
         if room < 1:
             raise ValueError(f"the conversation has {len(prompt)} tokens, the context of this model only {context}")
@@ -126,7 +128,7 @@ class Talk:
 def load(options: argparse.Namespace) -> Talk:
     """Raises ValueError that says what is wrong with a flag or with the directory."""
     from dataset.chat import ChatRenderer
-    from model.choose import exported_directory, load_tokenizer
+    from model.choose import exported_directory
     from model.generate import Sampling
     from model.loading import load_model
     from training.process import choose_device
@@ -137,7 +139,7 @@ def load(options: argparse.Namespace) -> Talk:
     directory = exported_directory(options.directory)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     device = choose_device(options.device)
-    model, tokenizer = load_model(directory).to(device), load_tokenizer(str(directory))
+    model, tokenizer = load_model(directory).to(device), chat_tokenizer(directory, options.chat_template)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     hint(f"{directory}: {parameters:,} parameters on {device}" + ("" if options.prompt else f"; {COMMANDS}"))
     first = [{"role": "system", "content": options.system}] if options.system else []
