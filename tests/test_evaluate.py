@@ -287,8 +287,9 @@ def test_flags_are_read_before_anything_heavy_is_imported():
     ("text", "number"),
     [
         ("She has 3 + 4 = <<3+4=7>>7 left.\n#### 7", "7"), ("#### 1,234", "1234"), ("####-5.50", "-5.5"),
-        ("so 12.\n#### $1,000.00 in 2 days", "1000"), ("The answer is 42.", "42"), ("the Answer is: **$-3**, not 4", "-3"),
-        ("first 1, then 2, so 10-5", "5"), ("70% of 10 is 7.", "7"), ("#### 3 #### 4", "4"), (".5 or 0.5", "0.5"),
+        ("so 12.\n#### $1,000.00 in 2 days", "1000"), ("The answer is 42.", "42"),
+        ("the Answer is: **$-3**, not 4", "-3"), ("first 1, then 2, so 10-5", "5"), ("70% of 10 is 7.", "7"),
+        ("#### 3 #### 4", "4"), (".5 or 0.5", "0.5"),
         ("The answer is unknown, perhaps 9", "9"), ("none", None), ("#### none", None), ("１２", None),
         ("x" * 20000 + "-" * 20000, None), ("1" * 5000 + " " + "9," * 5000, "9" * 5000),
     ],
