@@ -64,7 +64,7 @@ def test_the_settings_train_it_again():
 
 
 def test_a_run_writes_it(tmp_path, rows):
-    assert train(1, tmp_path / "run", data_path=str(rows), val_fraction=0.2, epochs=1) == [0]
+    assert train(1, tmp_path / "run", data_path=str(rows), val_fraction=0.2, max_steps=1) == [0]
     card = (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
     assert head_of(card)["library_name"] == "transformers" and constants.REPOCARD_NAME == "README.md"
     assert f"| train | `{rows}` | 24 | 24 | 0 |" in card and "| eval loss | " in card

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import httpx2
+import openai
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,8 +17,8 @@ from dataset.demo import held_out_conversations
 from model.choose import OWN_TOKENIZER, load_tokenizer
 from model.export import export_model
 from model.loading import load_model
+from scripts.chat import main as chat
 from tests.small_world import export_learnt, free_port
-from tests.test_chat_script import main as chat
 from tests.test_export import foreign
 from tests.test_families import SHAPES, lively
 from tests.tiny_model import logits_of, pack, tokens
@@ -26,7 +28,6 @@ QUESTIONS = ["Spell the word 'river' backwards.", "Count the letters: F I P E N"
 
 @pytest.mark.slow
 def test_transformers_serve_answers_an_openai_client_as_we_do(tmp_path, capsys):
-    httpx, openai = pytest.importorskip("httpx"), pytest.importorskip("openai")
     export_learnt(tmp_path / "final", [row["messages"] for row in held_out_conversations()[::9]])
     prompts = [word for question in QUESTIONS for word in ("--prompt", question, "--prompt", "/reset")]
     assert chat([str(tmp_path / "final"), "--device", "cpu", "--max_new_tokens", "32", *prompts]) == 0
@@ -35,7 +36,7 @@ def test_transformers_serve_answers_an_openai_client_as_we_do(tmp_path, capsys):
 
     model, port = str(tmp_path / "final"), str(free_port())
     command = [Path(sys.executable).with_name("transformers"), "serve", model, "--port", port, "--device", "cpu"]
-    with open(tmp_path / "log", "w") as log, httpx.Client(trust_env=False) as direct:
+    with open(tmp_path / "log", "w") as log, httpx2.Client(trust_env=False) as direct:
         server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         try:
             client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", http_client=direct)
@@ -49,8 +50,6 @@ def test_transformers_serve_answers_an_openai_client_as_we_do(tmp_path, capsys):
 
 
 def wait_for(client, server, seconds: float = 120) -> None:
-    import openai
-
     for _ in range(int(seconds)):
         assert server.poll() is None
         try:
