@@ -4,10 +4,9 @@ import re
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 
 from model.card import model_card
-from tests.small_world import train
 from training.config import make_config
 
 SOURCE = {
@@ -61,12 +60,3 @@ def test_the_ledger_and_the_scores_are_tables():
 def test_the_settings_train_it_again():
     (settings,) = re.findall("```yaml\n(.*?)```", model_card(CONFIG, REPORT, {}, 40), flags=re.DOTALL)
     assert vars(make_config(yaml.safe_load(settings))) == CONFIG
-
-
-def test_a_run_writes_it(tmp_path, rows):
-    assert train(1, tmp_path / "run", data_path=str(rows), val_fraction=0.2, max_steps=1) == [0]
-    card = (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
-    assert head_of(card)["library_name"] == "transformers" and constants.REPOCARD_NAME == "README.md"
-    assert f"| train | `{rows}` | 24 | 24 | 0 |" in card and "| eval loss | " in card
-    (settings,) = re.findall("```yaml\n(.*?)```", card, flags=re.DOTALL)
-    assert yaml.safe_load(settings)["save_dir"] == str(tmp_path / "run")
