@@ -54,7 +54,7 @@ def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str
     ledger = [
         (part.replace("_", " "), f"`{source['path']}`", *(source[name] for name in COUNTS))
         for part in ("train", "held_out")
-        for source in report.get(part, {}).get("sources", [])
+        for source in (report[part] or {"sources": []})["sources"]
     ]
     settings = yaml.safe_dump({name: value for name, value in config.items() if value is not None}, sort_keys=False)
     sections = [

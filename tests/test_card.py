@@ -53,7 +53,8 @@ def test_the_ledger_and_the_scores_are_tables():
     assert "| train | `a\\|b .jsonl` | 12 | 11 | 1 | 13 | 1400 | 150 |" in card
     assert "| held out | `test.jsonl` | 7 | 11 | 1 | 13 | 1400 | 150 |" in card
     assert "| eval loss | 0.0474 |\n| eval token accuracy | 0.9941 |" in card
-    assert "## Scores" not in model_card(CONFIG, REPORT, {}, 40)
+    alone = model_card(CONFIG, {**REPORT, "held_out": None}, {}, 40)
+    assert "## Scores" not in alone and "| train | " in alone and "| held out | " not in alone
     assert "| steps | 40 |" in card and "| seed | 9 |" in card
 
 
