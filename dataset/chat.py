@@ -278,7 +278,7 @@ class ChatRenderer:
                 mask += [supervised] * (len(ids) - len(mask))
             sample = Sample(np.array(ids), np.array(mask), tuple(sorted(chat.spelled.values())), chat.alone)
             written = [self._numbers[token] for text, _ in chat.stretches for token in self._control.findall(text)]
-            if not np.array_equal(self._controls_among(sample.ids), self._controls_among(np.array(written))):
+            if not np.array_equal(self._controls_among(sample.ids), self._controls_among(np.array(written, dtype=int))):
                 yield RowError("SPECIAL_TEXT", "this tokenizer cannot keep text apart from the control token it spells")
             else:
                 yield sample

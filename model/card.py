@@ -1,13 +1,36 @@
 """The model card: what a stranger who finds the exported directory needs to know."""
 
 import json
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+TAGS = ["conversational", "sft", "full-sft"]
+COUNTS = ("rows_read", "rows_kept", "rows_rejected", "samples", "tokens", "supervised_tokens")
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+prompt = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**prompt, max_new_tokens=64)
+print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+`transformers serve .` or `vllm serve .` in this directory answers clients of the OpenAI API; as a GGUF file it runs in
+llama.cpp and Ollama."""
 
 
 def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str, float], step: int) -> str:
     """README.md of an exported model, from the resolved flags, the token ledger and the last validation."""
-    train = report["train"]
-    base = "trained from scratch" if config["from_weight"] == "none" else f"fine-tuned from `{config['from_weight']}`"
+    train, base = report["train"], config["from_weight"]
+    from_hub = base != "none" and not Path(base).is_absolute() and not Path(base).is_dir()
+    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": TAGS}
+    head |= {"base_model": base} if from_hub else {}
+    origin = "trained from scratch" if base == "none" else f"fine-tuned from `{base}`"
     stages = [{**config, **row} for row in json.loads(config["stages"])] if config["stages"] else [config]
 
     def said(name: str) -> str:
@@ -27,37 +50,37 @@ def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str
         ("arithmetic", config["dtype"]),
         ("seed", config["seed"]),
         *((("LoRA", _adapters(config)),) if config.get("lora_rank") else ()),
-        *((name.replace("/", " ").replace("_", " "), f"{value:.4f}") for name, value in results.items()),
     ]
-    sources = ", ".join(f"`{source['path']}`" for source in train["sources"])
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# A chat model, {base}
-
-Supervised fine-tuning on the assistant turns of {sources}.
-
-| | |
-|---|---|
-{table}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")
-prompt = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "Hello"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-answer = model.generate(**prompt, max_new_tokens=64)
-print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-"""
+    scores = [(name.replace("/", " ").replace("_", " "), f"{value:.4f}") for name, value in results.items()]
+    ledger = [
+        (part.replace("_", " "), f"`{source['path']}`", *(source[name] for name in COUNTS))
+        for part in ("train", "held_out")
+        for source in (report[part] or {"sources": []})["sources"]
+    ]
+    settings = yaml.safe_dump({name: value for name, value in config.items() if value is not None}, sort_keys=False)
+    sections = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# A chat model, {origin}",
+        f"Supervised fine-tuning on the assistant turns of {', '.join(row[1] for row in ledger if row[0] == 'train')}.",
+        _table(("", ""), rows),
+        *(("## Scores", "On the held-out data, after the last step:", _table(("", ""), scores)) if scores else ()),
+        "## Use",
+        USE,
+        "## Data",
+        _table(("part", "source", *(name.replace("_", " ") for name in COUNTS)), ledger),
+        "## Settings",
+        f"<details><summary>every flag of the training</summary>\n\n```yaml\n{settings}```\n\n</details>",
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
 def _adapters(config: dict[str, Any]) -> str:
     alpha, targets = config["lora_alpha"] or 2 * config["lora_rank"], config["lora_targets"] or "all linear layers"
     return f"rank {config['lora_rank']}, alpha {alpha}, {targets}, merged; the adapters alone are in `adapter/`"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """Markdown; what a cell holds cannot end it."""
+    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(line) + " |" if any(line) else "|" + " |" * len(line) for line in (list(head), *cells)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])

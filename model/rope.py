@@ -57,18 +57,25 @@ def rotary_angles(
 
     In float32 for every model, float64 ones included, because transformers does so and weights were trained with it.
     """
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
-    frequencies, size = 1.0 / theta**exponents, 1.0
-    if scaling is not None:
-        numbers = {name: value for name, value in scaling.items() if name != "rope_type"}
-        if scaling["rope_type"] == "yarn":
-            frequencies, size = _yarn(frequencies, head_dim, theta, **numbers)
-        elif scaling["rope_type"] == "llama3":
-            frequencies = _llama3(frequencies, **numbers)
-        else:
-            frequencies = frequencies / numbers["factor"]
+    frequencies, size = rotary_frequencies(head_dim, theta, scaling, position_ids.device)
     angles = position_ids.float()[:, None, None] * frequencies
     return angles.cos() * size, angles.sin() * size
+
+
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: dict[str, Any] | None = None, device: torch.device | None = None
+) -> tuple[Tensor, float]:
+    """The angle (head_dim / 2,) of each pair from one position to the next, and the factor of cosines and sines."""
+    exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    frequencies = 1.0 / theta**exponents
+    if scaling is None:
+        return frequencies, 1.0
+    numbers = {name: value for name, value in scaling.items() if name != "rope_type"}
+    if scaling["rope_type"] == "yarn":
+        return _yarn(frequencies, head_dim, theta, **numbers)
+    if scaling["rope_type"] == "llama3":
+        return _llama3(frequencies, **numbers), 1.0
+    return frequencies / numbers["factor"], 1.0
 
 
 def _llama3(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.evaluate import exit_code_of, positive
+from scripts.evaluate import chat_tokenizer, exit_code_of, positive
 
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character while its last ones are missing
@@ -27,6 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("directory", metavar="DIR", type=Path, help="exported model (runs/x/final) or run (runs/x)")
     flag("--prompt", metavar="TEXT", action="append", help="answer this and leave; again for the next turn of the talk")
     flag("--system", metavar="TEXT", help="system message that the conversation begins with")
+    flag("--chat_template", metavar="FILE", help="Jinja chat template, instead of the one in DIR")
     flag("--temperature", metavar="X", type=float, default=0.0, help="0 = always the likeliest token (default)")
     flag(
         "--top_p",
@@ -128,7 +129,7 @@ class Talk:
 def load(options: argparse.Namespace) -> Talk:
     """Raises ValueError that says what is wrong with a flag or with the directory."""
     from dataset.chat import ChatRenderer
-    from model.choose import exported_directory, load_tokenizer
+    from model.choose import exported_directory
     from model.generate import Sampling
     from model.loading import load_model
     from model.trust import Trust
@@ -142,7 +143,7 @@ def load(options: argparse.Namespace) -> Talk:
     device = choose_device(options.device)
     trust = Trust(code=options.trust_remote_code)
     model = load_model(directory, trust=trust).to(device)
-    tokenizer = load_tokenizer(str(directory), trust=trust)
+    tokenizer = chat_tokenizer(directory, options.chat_template, trust)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     hint(f"{directory}: {parameters:,} parameters on {device}" + ("" if options.prompt else f"; {COMMANDS}"))
     first = [{"role": "system", "content": options.system}] if options.system else []

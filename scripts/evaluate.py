@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 import time
+from decimal import Decimal
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from training.config import Config
 from training.files import replace_json
 from training.metrics import strict
 
+NUMBER = re.compile(r"(?:(?<![0-9])-)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 ROW_TOKENS = 4096  # of a row when the loss is measured, unless one sample is longer
 
 
@@ -50,7 +53,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         flag(f"--{name}", metavar="NAME", help=f"name of the {name.replace('_', ' ')} in rows without messages")
     for name, choices in (("data_format", ("auto", *LAYOUTS)), ("bad_rows", BAD_ROWS), ("overlong", OVERLONG)):
         flag(f"--{name}", choices=choices, default=choices[0], help=f"as in training (default {choices[0]})")
+    flag("--chat_template", metavar="FILE", help="Jinja chat template, instead of the one in DIR")
     flag("--limit", metavar="N", type=positive, help="only N conversations, spread evenly over the file")
+    flag("--numbers", action="store_true", help="also compare the numbers that answers come to, as GSM8K ends with")
     flag("--max_new_tokens", metavar="N", type=positive, default=512, help="longest answer in tokens (default 512)")
     flag("--batch_size", metavar="N", type=positive, default=32, help="conversations answered at once (default 32)")
     flag("--out", metavar="FILE", type=Path, help="where to write the result (default evaluation.json in the run)")
@@ -66,6 +71,16 @@ def exit_code_of(error: ValueError | OSError) -> int:
     if isinstance(error, (UnsafeDataError, UnsafeModelError)):
         return 77
     return 65 if isinstance(error, DataError) else 2 if isinstance(error, ValueError) else 74
+
+
+def chat_tokenizer(directory: Path, chat_template: str | None, trust: Trust) -> Any:
+    """The tokenizer of a directory with that template or its own. Raises ValueError where there is neither."""
+    from model.choose import load_tokenizer
+
+    tokenizer = load_tokenizer(str(directory), chat_template, trust)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{directory} has no chat template: name one with --chat_template FILE")
+    return tokenizer
 
 
 def spread(items: list[Any], count: int) -> list[Any]:
@@ -132,6 +147,20 @@ def held_out_means(model: Any, store: Any, samples: list[int], device: Any) -> d
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "token_accuracy": accuracy}
 
 
+def final_number(text: str) -> Decimal | None:
+    """What an answer comes to: the number after the last '####', else after 'answer is', else the last of all.
+
+    Commas and a currency's sign do not matter, nor do zeros at the end.
+    """
+    text = text.replace("$", "")
+    for mark in ("####", "answer is"):
+        _, found, rest = text.lower().rpartition(mark)
+        if found and (number := NUMBER.search(rest)):
+            return Decimal(number[0].replace(",", ""))
+    numbers = NUMBER.findall(text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
 def exact_matches(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """Shares of right answers: among all of them, the mean of the families' shares, and each family's."""
     families: dict[str, list[bool]] = {}
@@ -147,14 +176,14 @@ def evaluate(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """What becomes evaluation.json, with every answer as an example. Raises ValueError, DataError for unusable rows."""
     from dataset.demo import write_demo
     from dataset.prepare import DataOptions, prepare
-    from model.choose import known_positions, load_tokenizer
+    from model.choose import known_positions
     from model.loading import load_model
     from training.process import choose_device
 
     device = choose_device(options.device)
     trust = Trust(code=options.trust_remote_code)
     model = load_model(directory, trust=trust).to(device).eval()
-    tokenizer = load_tokenizer(str(directory), trust=trust)
+    tokenizer = chat_tokenizer(directory, options.chat_template, trust)
     path = write_demo(options.cache_dir / "demo")[1] if options.data_path == "demo" else Path(options.data_path)
     context = known_positions(model)
     wanted = DataOptions(
@@ -163,6 +192,9 @@ def evaluate(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     )  # fmt: skip
     store = prepare(path, tokenizer, wanted, options.cache_dir, echo=lambda line: print(line, file=sys.stderr))
     cases = read_cases(path, store, options.limit)
+    for case in cases if options.numbers else ():
+        if final_number(tokenizer.decode(case.expected)) is None:
+            raise ValueError(f"{store.where(case.sample)} has no number in its answer: leave out --numbers")
     means = held_out_means(model, store, [case.sample for case in cases], device)
     ends = {tokenizer.eos_token_id, *(case.end for case in cases)}
     started = time.perf_counter()
@@ -172,10 +204,14 @@ def evaluate(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     for case, (ids, cut) in zip(cases, answers, strict=True):
         texts = tokenizer.batch_decode([case.prompt, case.expected, ids], clean_up_tokenization_spaces=False)
         example = dict(zip(("prompt", "expected", "answer"), texts, strict=True), family=case.family)
-        examples.append({**example, "correct": not cut and example["answer"] == example["expected"]})
+        example["correct"] = not cut and example["answer"] == example["expected"]
+        if options.numbers:
+            example["number_correct"] = not cut and final_number(example["answer"]) == final_number(example["expected"])
+        examples.append(example)
+    numbers = {"number_match": fmean(example["number_correct"] for example in examples)} if options.numbers else {}
     counts = {"samples": len(cases), "cut_answers": sum(cut for _, cut in answers)}
     sources = {"data_path": str(path), "model": str(directory), "generated_tokens_per_second": speed}
-    return {**exact_matches(examples), **means, **counts, **sources, "examples": examples}
+    return {**exact_matches(examples), **numbers, **means, **counts, **sources, "examples": examples}
 
 
 def print_result(result: dict[str, Any], shown: int) -> None:
@@ -189,8 +225,8 @@ def print_result(result: dict[str, Any], shown: int) -> None:
     print(f"{'':{width}}  count  exact match")
     for name, count, share in rows:
         print(f"{name:{width}}  {count:5}  {share:11.1%}")
-    names = ("loss", "perplexity", "token_accuracy", "generated_tokens_per_second", "cut_answers")
-    print(", ".join(f"{name.replace('_', ' ')} {result[name]:.4g}" for name in names))
+    names = ("number_match", "loss", "perplexity", "token_accuracy", "generated_tokens_per_second", "cut_answers")
+    print(", ".join(f"{name.replace('_', ' ')} {result[name]:.4g}" for name in names if name in result))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,6 +27,31 @@ def write_rows(path: Path, count: int = 24, seed: int = 0) -> Path:
     return write(path, count, seed)
 
 
+def export_learnt(directory: Path, conversations: list[list[dict[str, Any]]]) -> None:
+    """An exported model of a moment's training that answers these as they do, and other questions somehow."""
+    import torch
+
+    from dataset.chat import ChatRenderer
+    from dataset.rows import Document, collate
+    from model.choose import OWN_TOKENIZER, load_tokenizer
+    from model.decoder import DecoderConfig
+    from model.export import export_model
+    from model.loading import build_model
+    from model.losses import sft_objective
+
+    renderer = ChatRenderer(load_tokenizer(str(OWN_TOKENIZER)))
+    samples = [renderer.render(messages) for messages in conversations]
+    batch = collate([[Document(i, sample.ids, sample.supervised) for i, sample in enumerate(samples)]])
+    config = DecoderConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    model = build_model(config, seed=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        (sft_objective(model, batch)["ce"] / len(batch["targets"])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    export_model(directory, model, OWN_TOKENIZER)
+
+
 def train(
     world_size: int,
     save_dir: Path,

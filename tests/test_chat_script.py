@@ -295,3 +295,50 @@ def test_the_program_answers_lines_from_a_pipe(processes, two_answers):
     assert len(answers) > len("".join(two_answers)) + len(two_answers[0]) + 4
     assert err.decode().count("/reset forgets") == 2  # in the first line and as the answer to /what
     assert processes["pipe"].returncode == 0
+
+
+# --- models that others made
+
+
+LLAMA_2_LIKE = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(params=["Gemma2", "Qwen2"])
+def of_others(request, tmp_path):
+    """A directory as transformers saves it, of a family that is built in or not, with a template of another form."""
+    from transformers import AutoTokenizer
+
+    from tests.test_export import foreign
+
+    network = foreign(tmp_path / "theirs", request.param, vocab_size=6400, tie_word_embeddings=False)
+    tokenizer = AutoTokenizer.from_pretrained(OWN_TOKENIZER)
+    tokenizer.chat_template = LLAMA_2_LIKE
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs", network.eval(), tokenizer
+
+
+def test_models_that_others_made_answer_as_in_transformers(of_others, capsys):
+    directory, network, tokenizer = of_others
+    prompt = tokenizer.apply_chat_template([user(FIRST)], add_generation_prompt=True, return_tensors="pt")
+    with torch.no_grad():
+        ids = network.generate(**prompt, do_sample=False, max_new_tokens=LENGTH)[0, prompt["input_ids"].shape[1] :]
+    assert main([str(directory), "--device", "cpu", "--max_new_tokens", str(LENGTH), "--prompt", FIRST]) == 0
+    assert capsys.readouterr().out == tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd") + "\n"
+
+
+def test_a_model_without_a_template_needs_one(of_others, capsys, tmp_path):
+    directory, _, tokenizer = of_others
+    words = [str(directory), "--device", "cpu", "--max_new_tokens", str(LENGTH), "--prompt", FIRST]
+    assert main(words) == 0
+    (directory / "chat_template.jinja").unlink()
+    answer = capsys.readouterr().out
+    assert main(words) == 2
+    assert "has no chat template" in (told := capsys.readouterr().err) and "--chat_template FILE" in told
+    (tmp_path / "template.jinja").write_text(LLAMA_2_LIKE)
+    assert main([*words, "--chat_template", str(tmp_path / "template.jinja")]) == 0
+    assert capsys.readouterr().out == answer
+    assert main([*words, "--chat_template", str(tmp_path / "none.jinja")]) == 2
+    assert "none.jinja: cannot be read" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from model.decoder import DecoderConfig
 from model.export import export_model
 from model.loading import build_model, load_model
 from model.losses import sft_objective
-from scripts.evaluate import answer_all, exact_matches, main, read_cases, spread
+from scripts.evaluate import answer_all, exact_matches, final_number, main, read_cases, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = {
@@ -277,3 +278,37 @@ def test_flags_are_read_before_anything_heavy_is_imported():
     heavy = "{'torch', 'transformers', 'numpy'} & set(sys.modules)"
     code = f"import sys, scripts.chat, scripts.evaluate as e; e.parse(['run']); assert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# --- answers that come to a number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She has 3 + 4 = <<3+4=7>>7 left.\n#### 7", "7"), ("#### 1,234", "1234"), ("####-5.50", "-5.5"),
+        ("so 12.\n#### $1,000.00 in 2 days", "1000"), ("The answer is 42.", "42"),
+        ("the Answer is: **$-3**, not 4", "-3"), ("first 1, then 2, so 10-5", "5"), ("70% of 10 is 7.", "7"),
+        ("#### 3 #### 4", "4"), (".5 or 0.5", "0.5"),
+        ("The answer is unknown, perhaps 9", "9"), ("none", None), ("#### none", None), ("１２", None),
+        ("x" * 20000 + "-" * 20000, None), ("1" * 5000 + " " + "9," * 5000, "9" * 5000),
+    ],
+)  # fmt: skip
+def test_the_number_that_an_answer_comes_to(text, number):
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_numbers_are_compared_whatever_leads_to_them(evaluate, trained_run, tmp_path, capsys):
+    """The model has learnt by heart that three is written 3 in another language."""
+    spoken = LEARNT[3] | {"messages": turns("<|im_end|> 三用数字怎么写？", "By reasoning, 3.00 it is.\n#### 3")}
+    wrong = LEARNT[3] | {"messages": turns("<|im_end|> 三用数字怎么写？", "#### 4")}
+    result = evaluate([LEARNT[3], spoken, wrong], "--numbers")
+    assert set(result) == KEYS | {"number_match"}
+    assert result["number_match"] == 2 / 3 and result["exact_match"] == 1 / 3
+    assert [example["number_correct"] for example in result["examples"]] == [True, True, False]
+    assert "number match 0.6667" in capsys.readouterr().out
+    assert evaluate([LEARNT[3]], "--numbers", "--max_new_tokens", "3")["number_match"] == 0  # it has not ended
+    data = write(tmp_path / "rows.jsonl", [LEARNT[3], LEARNT[0]])
+    flags = ["--data_path", str(data), "--cache_dir", str(tmp_path), "--device", "cpu", "--numbers"]
+    assert main([str(trained_run), *flags]) == 2
+    assert "rows.jsonl:2 has no number in its answer" in capsys.readouterr().err
