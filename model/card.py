@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 TAGS = ["conversational", "sft", "full-sft"]
+OF_A_START = ("save_dir", "cache_dir", "from_resume", "overwrite", "allow_change")  # a resumed run has the same card
 COUNTS = ("rows_read", "rows_kept", "rows_rejected", "samples", "tokens", "supervised_tokens")
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,7 +58,8 @@ def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str
         for part in ("train", "held_out")
         for source in (report[part] or {"sources": []})["sources"]
     ]
-    settings = yaml.safe_dump({name: value for name, value in config.items() if value is not None}, sort_keys=False)
+    chosen = {name: value for name, value in config.items() if value is not None and name not in OF_A_START}
+    settings = yaml.safe_dump(chosen, sort_keys=False)
     sections = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# A chat model, {origin}",
@@ -69,7 +71,7 @@ def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str
         "## Data",
         _table(("part", "source", *(name.replace("_", " ") for name in COUNTS)), ledger),
         "## Settings",
-        f"<details><summary>every flag of the training</summary>\n\n```yaml\n{settings}```\n\n</details>",
+        f"<details><summary>the flags of the training</summary>\n\n```yaml\n{settings}```\n\n</details>",
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -61,3 +61,5 @@ def test_the_ledger_and_the_scores_are_tables():
 def test_the_settings_train_it_again():
     (settings,) = re.findall("```yaml\n(.*?)```", model_card(CONFIG, REPORT, {}, 40), flags=re.DOTALL)
     assert vars(make_config(yaml.safe_load(settings))) == CONFIG
+    elsewhere = {**CONFIG, "save_dir": "/else", "cache_dir": "/where", "from_resume": "1", "overwrite": True}
+    assert model_card(elsewhere, REPORT, {}, 40) == model_card(CONFIG, REPORT, {}, 40)

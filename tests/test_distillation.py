@@ -290,7 +290,7 @@ def test_the_saved_settings_start_the_same_run_again(tmp_path, rows, teacher):
     assert run_ranks(_distill_rank, 1, (argv, str(tmp_path / "again"))) == [0], log_of(tmp_path / "again")
     assert result_of(tmp_path / "again") == result_of(tmp_path / "first")
     card = (tmp_path / "first" / "final" / "README.md").read_text()
-    assert f"| train | `{rows}` | 24 | 24 | 0 |" in card and f"save_dir: {tmp_path / 'first'}" in card
+    assert f"| train | `{rows}` | 24 | 24 | 0 |" in card and f"teacher: {teacher}\n" in card
     assert f"| teacher | {teacher} |" in card and "| loss weights | ce=0.4, kd=0.6 |" in card
 
 
