@@ -376,6 +376,9 @@ def as_table(found: dict[str, dict[str, Cell]]) -> str:
 
 
 def with_table(text: str, table: str) -> str:
+    """The text with this table in the place of its own. Raises ValueError where it has none."""
+    if BEGIN not in text or END not in text.split(BEGIN)[1]:
+        raise ValueError(f"no table to renew: it stands between the lines {BEGIN} and {END}")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
@@ -394,6 +397,13 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [name for name in names if name not in FAMILIES]:
         print(f"error: --families {','.join(unknown)}: the families are {', '.join(FAMILIES)}", file=sys.stderr)
         return 2
+    out = options.out or (None if options.families else OUT)
+    try:
+        page = out.read_text(encoding="utf-8") if out else f"{BEGIN}{END}"
+        with_table(page, "")
+    except (OSError, ValueError) as error:  # not after half an hour
+        print(f"error: --out {out}: {error}", file=sys.stderr)
+        return 2
     found: dict[str, dict[str, Cell]] = {}
     with tempfile.TemporaryDirectory(prefix="models-") as work:
         rows = write_rows(Path(work) / "rows.jsonl", 12)
@@ -402,9 +412,8 @@ def main(argv: list[str] | None = None) -> int:
             found[name] = measure(name, Path(work) / name.replace(" ", "-"), rows)
             told = ", ".join(f"{column} {cell}" for column, cell in found[name].items())
             print(f"{name}: {told} ({time.monotonic() - began:.0f} s)", flush=True)
-    out = options.out or (None if options.families else OUT)
     if out:
-        out.write_text(with_table(out.read_text(encoding="utf-8"), as_table(found)), encoding="utf-8")
+        out.write_text(with_table(page, as_table(found)), encoding="utf-8")
     if options.json:
         numbers = {name: {column: vars(cell) for column, cell in cells.items()} for name, cells in found.items()}
         options.json.write_text(json.dumps(numbers, indent=1) + "\n")

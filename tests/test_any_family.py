@@ -187,7 +187,7 @@ def test_a_family_that_leaks_fails_its_cell(tmp_path, monkeypatch):
     trial = Trial(FAMILIES["BLOOM"], tmp_path / "work", tmp_path / "rows.jsonl")
     trial.save_model()
     assert not trial.influence().fails
-    monkeypatch.setattr("model.loading.check_isolation", lambda model: None)
+    monkeypatch.setattr("model.loading.check_isolation", lambda *how: None)
     assert trial.influence().fails and trial.isolated().fails
 
 

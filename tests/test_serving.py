@@ -18,7 +18,8 @@ from model.choose import OWN_TOKENIZER, load_tokenizer
 from model.export import export_model
 from model.loading import load_model
 from scripts.chat import main as chat
-from tests.small_world import export_learnt, free_port
+from scripts.ranks import free_port
+from tests.small_world import export_learnt
 from tests.test_export import foreign
 from tests.test_families import SHAPES, lively
 from tests.tiny_model import logits_of, pack, tokens
