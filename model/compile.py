@@ -4,7 +4,8 @@ The number of tokens changes with each micro-batch. A compiler that knows it com
 lengths that it happened to see first, which are others in a resumed run. So only what treats all tokens alike is
 compiled, and their number is marked as one that the data alone knows: the graphs cannot depend on it. Attention, which
 walks from document to document, and experts, whose shares of the tokens differ, are computed as without compilation. So
-is what needs no gradient: validation and answers would cost a second set of graphs.
+are families that compute documents side by side, and what needs no gradient: validation and answers would cost a second
+set of graphs.
 """
 
 import inspect
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.decoder import Decoder, Layer
+from model.isolation import PACKED
 from model.loading import HFCausalLM
 
 
@@ -29,11 +31,15 @@ def compile_layers(model: Decoder | HFCausalLM) -> None:
     settings.optimize_ddp = False  # it would cut graphs where DDP's buckets end
     settings.fail_on_recompile_limit_hit = True  # more graphs than are kept: what runs would depend on what was seen
     token_dim = 0 if isinstance(model, Decoder) else 1  # behind a batch of one
+
+    def is_one_line() -> bool:  # documents side by side are of a number that the graphs would depend on
+        return isinstance(model, Decoder) or model.reading == PACKED
+
     parts = [part for layer in model.shard_units() for part in token_wise_parts(layer)]
     if not parts:
         raise ValueError("--use_compile 1: no part of this model's layers can be compiled alone; leave it out")
     for owner, name in parts:
-        setattr(owner, name, _compiled(getattr(owner, name), token_dim))
+        setattr(owner, name, _compiled(getattr(owner, name), token_dim, is_one_line))
 
 
 def token_wise_parts(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -51,12 +57,12 @@ def token_wise_parts(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield child, "forward"
 
 
-def _compiled(method: Callable[..., Any], token_dim: int) -> Callable[..., Any]:
+def _compiled(method: Callable[..., Any], token_dim: int, is_one_line: Callable[[], bool]) -> Callable[..., Any]:
     # Drops out the same values as without compilation.
     graph = torch.compile(method, fullgraph=True, options={"fallback_random": True})
 
     def run(*tensors: Tensor) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not is_one_line():
             return method(*tensors)
         for tensor in tensors:
             torch._dynamo.decorators.mark_unbacked(tensor, token_dim)

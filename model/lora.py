@@ -23,6 +23,9 @@ from model.parts import PartOf, block, whole
 
 logger = logging.getLogger("train")
 
+# Their kernels take the weight of `out_proj` past its layer, so that an adapter there would do nothing.
+STATE_SPACE = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
 
 @dataclass
 class Adapters:
@@ -59,8 +62,10 @@ def add_adapters(
 
     # What stands at the top level is the head.
     linear = {n: each for n, each in model.named_modules() if isinstance(each, nn.Linear | Conv1D) and "." in n}
-    chosen, left_out = choose_layers({name: tuple(each.weight.shape) for name, each in linear.items()}, rank, targets)
-    left_out += [name for name, parameter in model.named_parameters() if parameter.dim() > 2]
+    past = [name for name in linear if model_type_of(model) in STATE_SPACE and last_name(name) == "out_proj"]
+    shapes = {name: tuple(each.weight.shape) for name, each in linear.items() if name not in past}
+    chosen, left_out = choose_layers(shapes, rank, targets)
+    left_out += past + [name for name, parameter in model.named_parameters() if parameter.dim() > 2]
     endings = {last_name(name) for name in chosen}
     alike = [name for name, _ in model.named_modules() if last_name(name) in endings]
     config = LoraConfig(
@@ -89,6 +94,10 @@ def choose_layers(linear: Mapping[str, tuple[int, ...]], rank: int, targets: str
         said = ", ".join(f"{name} has {size}" for name, size in sizes.items()) or "there are none"
         raise ValueError(f"--lora_rank {rank}: no more than the rows and columns of each layer, and {said}")
     return wide, [name for name in chosen if name not in wide]
+
+
+def model_type_of(model: Any) -> str:
+    return getattr(model.config, "model_type", "")
 
 
 def last_name(name: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from model.compile import compile_layers, token_wise_parts
 from model.losses import sft_objective
 from tests.small_world import KillAtCall, answers_of, log_of, result_of, train, write_rows
+from tests.test_lora import adapted, make_base
 from tests.tiny_model import FILLER, pack, tiny, tokens
 
 # torch warns of what it does itself while it traces, and hides that only where warnings are no errors.
@@ -37,7 +38,7 @@ def gradients_of(model, batches, dtype=torch.float32):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = sft_objective(model, batch)["ce"]
         loss.backward()
-        results.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
+        results.append((loss.item(), [p.grad.clone() for p in model.parameters() if p.requires_grad]))
     return results
 
 
@@ -52,8 +53,9 @@ def compare(model, graphs, tolerance=2e-5, dtype=torch.float32, checkpointing=Fa
     compile_layers(model)
     if checkpointing:
         model.enable_gradient_checkpointing()
+    compiled = gradients_of(model, BATCHES[:1], dtype)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = gradients_of(model, BATCHES, dtype)
+        compiled += gradients_of(model, BATCHES[1:], dtype)
         with torch.no_grad():
             model.eval()
             sft_objective(model, BATCHES[1])
@@ -80,14 +82,24 @@ def test_under_autocast():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_are_compiled_with_their_layers(tmp_path):
+    compare(
+        adapted(make_base(tmp_path / "base", num_hidden_layers=3)), graphs=3
+    )  # the first layer's input has no gradient
+
+
+COMPILED = [
+    ("Llama", {}, 2), ("GPTNeoX", {}, 2), ("Gemma3", {"head_dim": 8, "sliding_window": 8}, 2), ("Olmo2", {}, 2),
+    ("Qwen3Moe", EXPERTS, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("family", "shape", "graphs"),
-    [
-        ("Llama", {}, 2), ("GPTNeoX", {}, 2), ("Gemma3", {"head_dim": 8, "sliding_window": 8}, 2), ("Olmo2", {}, 2),
-        ("Qwen3Moe", EXPERTS, 1),
-    ],
-)  # fmt: skip
+    # The last one computes documents side by side.
+    [*(pytest.param(*each, marks=pytest.mark.slow) for each in COMPILED), ("Bloom", {}, 0)],
+)
 def test_the_parts_of_other_families(tmp_path, family, shape, graphs, checkpointing):
     import transformers
 

@@ -201,6 +201,15 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".experts." in n or "mlp.gate" in n)
 
 
+def test_a_layer_whose_weight_is_taken_past_it_gets_no_adapter(tmp_path, caplog):
+    base = make_base(tmp_path / "base", "Mamba")
+    model = choose_model(request_of(base), 6400)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names and not any(".out_proj." in name for name in names) and "layers.*.mixer.out_proj" in caplog.text
+    with pytest.raises(ValueError, match="--lora_targets out_proj: no linear layer of this model; there are .*in_proj"):
+        choose_model(request_of(base, targets="out_proj"), 6400)
+
+
 def test_flags_that_belong_together():
     with pytest.raises(ConfigError, match="--lora_rank 8 adapts a model .* --from_weight"):
         make_config({"lora_rank": 8})
