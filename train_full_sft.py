@@ -572,6 +572,7 @@ def run_job(
     )  # fmt: skip
     constants = {
         "identity": identity,
+        "base_digest": model.adapters and model.adapters.digest,
         "global_batch_size": window_rows,
         "world_size": world_size,
         "wandb_id": saved["wandb_id"] if checkpoint and start.continues else uuid.uuid4().hex[:12],

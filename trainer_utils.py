@@ -556,11 +556,14 @@ def read_tensors(reader: Reader, tensors: Mapping[str, Tensor]) -> None:
 def load_checkpoint(weights: Reader, moments: Reader, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put verified weights and optimizer state in place, whatever ranks and strategy they were saved by.
 
-    Raises ValueError where names, shapes or dtypes do not fit.
+    Floats of another width are rounded to those of the model, which only a run does whose precision was to change.
+    Raises ValueError where names, shapes or kinds of numbers do not fit.
     """
-    own = named_weights(model)
-    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()}
-    found = {name: (shape, weights.dtypes[name]) for name, shape in weights.shapes.items()}
+    own, floats = named_weights(model), (torch.float32, torch.bfloat16)
+    kinds = {dtype: "float" for dtype in floats}
+    expected = {name: (tuple(tensor.shape), kinds.get(tensor.dtype, tensor.dtype)) for name, tensor in own.items()}
+    dtypes = {name: kinds.get(dtype, dtype) for name, dtype in weights.dtypes.items()}
+    found = {name: (shape, dtypes[name]) for name, shape in weights.shapes.items()}
     parameters = dict(model.named_parameters())
     strangers = {name for name in moments.shapes if name.rpartition(":")[0] not in parameters}
     if wrong := sorted({name for name in {*expected, *found} if expected.get(name) != found.get(name)} | strangers):
@@ -575,6 +578,7 @@ def load_checkpoint(weights: Reader, moments: Reader, model: nn.Module, optimize
         # Beside what is shaped like its parameter, and sharded like it, an optimizer counts steps.
         alike = shape == tuple(parameter.shape)
         zeros = partial(torch.zeros_like, parameter, requires_grad=False) if alike else partial(torch.zeros, shape)
-        value = zeros(dtype=moments.dtypes[full_name])
+        is_same = weights.dtypes[name] == parameter.dtype
+        value = zeros(dtype=moments.dtypes[full_name] if is_same or not alike else parameter.dtype)
         moments.read(full_name, *local_part(value))
         optimizer.state[parameter][key] = value if alike else value.to(parameter.device)

@@ -87,10 +87,11 @@ class ModelRequest:
         return Trust(self.revision, self.trust_remote_code) if source == self.from_weight else NO_TRUST
 
 
-def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False) -> nn.Module:
+def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False, quiet: bool = False) -> nn.Module:
     """New weights of the wanted shape, or those of a directory or Hub id, which must then agree with the wanted shape.
 
-    `empty`: on the meta device, for `fill_model` to fill where it has been sharded. Raises ValueError with every
+    `empty`: on the meta device, for `fill_model` to fill where it has been sharded. `quiet`: not the model that a run
+    trains, so nothing is said of it. Raises ValueError with every
     disagreement.
     """
     from_weight, shape, dropout = request.from_weight, request.shape, request.dropout
@@ -111,14 +112,15 @@ def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False) ->
     if problems:
         raise ValueError("\n".join(problems))
     if model.vocab_size < vocab_size:
-        logger.warning(
+        logger.log(
+            logging.DEBUG if quiet else logging.WARNING,
             "the tokenizer has %d entries, the vocabulary of %s only %d: %d are added, each the mean of the old ones%s",
             vocab_size, from_weight, model.vocab_size, vocab_size - model.vocab_size,
             ", and stay so: adapters train no embeddings" if request.lora else "",
         )  # fmt: skip
         grow(model, vocab_size)
     if request.lora:
-        load_base = partial(choose_model, replace(request, lora={}), vocab_size)
+        load_base = partial(choose_model, replace(request, lora={}, param_dtype="float32"), vocab_size, quiet=True)
         add_adapters(model, from_weight, load_base, partial(weight_files, from_weight, trust), **request.lora)
         if not empty:
             fill_adapters(model, request.seed)
@@ -169,7 +171,7 @@ def sizes_of(request: ModelRequest, vocab_size: int) -> dict[str, int] | None:
         return None  # of the Hub, which is not asked for this
     shape = request.shape if request.from_weight == NEW else {}
     try:
-        model = choose_model(replace(request, shape=shape, dropout=0.0), vocab_size, empty=True)
+        model = choose_model(replace(request, shape=shape, dropout=0.0), vocab_size, empty=True, quiet=True)
     except (ValueError, OSError):  # whoever builds it for good says what is wrong
         return None
     names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")

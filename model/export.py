@@ -15,7 +15,7 @@ from torch import Tensor
 from model.decoder import Decoder, DecoderConfig
 from model.families import config_json, unstacked
 from model.loading import HFCausalLM
-from model.lora import Adapters, base_name, digest_of, merge, write_adapters
+from model.lora import Adapters, base_name, merge, write_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -77,9 +77,8 @@ def _with_adapters(
     adapters: Adapters, trained: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[Decoder | HFCausalLM, dict[str, Tensor]]:
     """The base without memory for its weights, and these, read anew, with what the trained ones add."""
-    if adapters.digest not in ("", digest_of(adapters.files())):
-        base = adapters.config.base_model_name_or_path
-        raise ValueError(f"the weights in {base} are no longer those that the adapters were trained on")
+    if adapters.digest:
+        adapters.check_base(adapters.digest)
     weights = adapters.load_base().state_dict()
     merge(weights, trained, adapters.config, dtype)
     return adapters.load_base(empty=True), weights

@@ -37,6 +37,12 @@ class Adapters:
     left_out: list[str]  # what could not be adapted
     digest: str = ""  # of the base's weight files when they were read; empty where they were not
 
+    def check_base(self, digest: str) -> None:
+        """Raises ValueError unless the base's files are still those with that digest."""
+        if digest_of(self.files()) != digest:
+            base = self.config.base_model_name_or_path
+            raise ValueError(f"the weights in {base} are no longer those that the adapters were trained on")
+
     def describe(self) -> str:
         config = self.config
         targets = "+".join(sorted(config.target_modules))
@@ -75,6 +81,9 @@ def add_adapters(
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # peft draws what `fill_adapters` draws anew
         inject_adapter_in_model(config, getattr(model, "inner", model))
+    for name, parameter in model.named_parameters():
+        if base_name(name) is None:
+            parameter.data = parameter.data.float()  # also where the base is bfloat16
     model.adapters = Adapters(config, load_base, files, patterns(left_out) if not targets else [])
 
 

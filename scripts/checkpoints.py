@@ -212,7 +212,6 @@ def export(place: Place, options: argparse.Namespace) -> int:
     from model.card import model_card
     from model.choose import NEW, ModelRequest, choose_model, choose_tokenizer, load_tokenizer
     from model.export import export_model
-    from model.lora import digest_of
     from trainer_utils import named_weights
 
     checkpoint = good_version(place, options.step)
@@ -223,14 +222,13 @@ def export(place: Place, options: argparse.Namespace) -> int:
     settings = state["config"]
     names = ("from_weight", "param_dtype", "revision", "trust_remote_code")
     wanted = ModelRequest(**{name: settings[name] for name in names if name in settings}, lora=lora_of(settings))
-    tokenizer = load_tokenizer(
-        options.tokenizer or choose_tokenizer(settings["tokenizer"], wanted.from_weight), settings["chat_template"]
-    )
+    source = options.tokenizer or choose_tokenizer(settings["tokenizer"], wanted.from_weight)
+    tokenizer = load_tokenizer(source, settings["chat_template"], wanted.trust_in(source))
     if wanted.from_weight == NEW:
         wanted.shape = {name: settings.get(name) for name in SHAPE_FLAGS}
     model = choose_model(wanted, len(tokenizer), empty=True)
-    if wanted.lora and not state["identity"]["model"].count(digest_of(model.adapters.files())):
-        raise ValueError(f"{checkpoint} was trained on other weights than those that {wanted.from_weight} holds now")
+    if model.adapters:
+        model.adapters.check_base(state["base_digest"])
     shards = open_shards(checkpoint, "model")
     expected = {name: tuple(tensor.shape) for name, tensor in named_weights(model).items()}
     for name in sorted({*expected, *shards.shapes}):

@@ -58,13 +58,16 @@ def plan_of(config: Any, processes: int) -> Any:
     """The plan of the run that these flags would start with so many processes."""
     from model.choose import ModelRequest, choose_tokenizer, load_tokenizer
     from train_full_sft import load_data
+    from training.fit import wants_fit
     from training.plan import make_plan, rows_per_step
     from training.stages import check_terms, read_stages
     from training.state import LoopState
 
+    if wants_fit(config, stages := read_stages(config)):
+        raise ValueError("--batch_size auto: the number is found when a run starts; name one here")
     wanted = ModelRequest(**config.model_request)
     source = choose_tokenizer(config.tokenizer, wanted.from_weight)
-    stages, tokenizer = read_stages(config), load_tokenizer(source, config.chat_template, wanted.trust_in(source))
+    tokenizer = load_tokenizer(source, config.chat_template, wanted.trust_in(source))
     check_terms(stages)
     data = load_data(config, stages, tokenizer, owner=True, echo=lambda line: print(line, file=sys.stderr))
     return make_plan(stages, data.train.rows_of, rows_per_step(stages, processes, ()), LoopState())

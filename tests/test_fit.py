@@ -1,5 +1,6 @@
 """What makes a run fit into memory: a batch size that is found, weights in bfloat16."""
 
+import contextlib
 import json
 import math
 import resource
@@ -10,7 +11,8 @@ import yaml
 
 from dataset.rows import collate, longest_row
 from model.choose import ModelRequest, choose_model
-from tests.small_world import answers_of, log_of, result_of, resume_from, train
+from scripts.plot_schedule import plan_of
+from tests.small_world import answers_of, log_of, records_of, result_of, resume_from, train
 from training.checkpoints import open_shards
 from training.config import AUTO, Config, make_config
 from training.fit import most_rows, rows_that_fit, settle, wants_fit
@@ -55,6 +57,29 @@ def test_rows_are_halved_until_memory_holds_them(free_bytes, expected):
         assert tried == [1, 48, 24, 12, 6, 3, 1] and "not even one row fits" in found
     else:
         assert (found, tried) == expected
+
+
+def test_frozen_weights_need_no_room_later(monkeypatch):
+    kept = []
+    monkeypatch.setattr("training.fit._tight", lambda later, device: kept.append(later) or contextlib.nullcontext())
+    model = torch.nn.Sequential(torch.nn.Linear(1000, 1000, bias=False), torch.nn.Linear(1000, 1, bias=False))
+    model[0].requires_grad_(False)
+    settings = {"lora_rank": 4, "from_weight": "somewhere", "param_dtype": "bfloat16", "dtype": "bfloat16"}
+    rows_that_fit(lambda rows: model(torch.ones(rows, 1000)).sum(), model, 8, make_config(settings), CPU)
+    assert kept == [1000 * 2 * 4], "two moments of float32"
+
+
+def test_a_first_row_that_does_not_fit_is_told_alike():
+    def fails(rows):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    with pytest.raises(ValueError, match="not even one row fits"):
+        rows_that_fit(fails, torch.nn.Linear(2, 2), 8, Config(), CPU)
+
+
+def test_a_plan_without_a_run_needs_a_number():
+    with pytest.raises(ValueError, match="--batch_size auto: the number is found when a run starts"):
+        plan_of(make_config({"batch_size": "auto"}), 1)
 
 
 def test_another_error_is_no_lack_of_memory():
@@ -159,6 +184,23 @@ def test_bfloat16_halves_a_checkpoint_and_resumes_exactly(tmp_path, rows, world_
     assert json.loads((checkpoint / "trainer_state.json").read_text())["identity"]["precision"] == (
         "bfloat16, weights bfloat16"
     )
+
+
+@pytest.mark.parametrize("types", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_run_goes_on_in_another_type_where_that_is_allowed(tmp_path, rows, types):
+    run, flags = tmp_path / "run", {"data_path": str(rows), "dtype": "bfloat16", "max_steps": 4, "ema_decay": 0.9}
+    assert train(1, run, param_dtype=types[0], **flags) == [0]
+    cut = resume_from(run, 2, tmp_path / "cut")
+    flags |= {"param_dtype": types[1], "from_resume": "1"}
+    assert train(1, cut, **flags) == [2] and "--allow_change precision" in log_of(cut)
+    assert train(1, cut, **flags, allow_change="precision") == [0], log_of(cut)
+    checkpoint = cut / "checkpoints" / "step-00000004"
+    for kind in ("model", "optimizer"):
+        reader = open_shards(checkpoint, kind)
+        kept = {reader.dtypes[name] for name, shape in reader.shapes.items() if len(shape)}
+        assert kept == {getattr(torch, types[1])}, kind
+    losses = [records_of(each, "train")[-1]["train/loss"] for each in (run, cut)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
 
 
 def test_weights_are_read_right_into_bfloat16(tmp_path):

@@ -414,7 +414,7 @@ def test_optimizers_of_whole_matrices_train_adapters(tmp_path, own_base, rows, o
     assert losses[-1] < losses[0]
 
 
-def test_what_is_not_the_same_is_not_resumed(tmp_path, own_base, rows):
+def test_what_is_not_the_same_is_not_resumed(tmp_path, own_base, rows, capsys):
     shutil.copytree(own_base, base := tmp_path / "base")
     run, flags = tmp_path / "run", flags_of(base, rows, max_steps=2)
     assert train(1, run, **flags) == [0], log_of(run)
@@ -425,9 +425,21 @@ def test_what_is_not_the_same_is_not_resumed(tmp_path, own_base, rows):
     assert train(1, run, from_resume="1", **flags) == [2]
     assert "the checkpoint has" in log_of(run) and log_of(run).count("of base weights ") == 2
     assert checkpoints_script(["export", str(run)]) == 2
+    assert "are no longer those that the adapters were trained on" in capsys.readouterr().err
     shutil.rmtree(base)
     shutil.copytree(own_base, base)
     assert train(1, run, from_resume="1", **flags) == [0], log_of(run)
+
+
+def test_a_base_in_bfloat16_is_merged_as_its_files_have_it(tmp_path, own_base, rows):
+    run, flags = tmp_path / "run", flags_of(own_base, rows, max_steps=2, param_dtype="bfloat16", dtype="bfloat16")
+    assert train(1, run, **flags) == [0], log_of(run)
+    (file,) = (run / "checkpoints" / "step-00000002").glob("model-*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}, "adapters lose no small update"
+    final, base = (load_file(directory / "model.safetensors") for directory in (run / "final", own_base))
+    same = {name for name, tensor in base.items() if torch.equal(tensor, final[name])}
+    assert "model.embed_tokens.weight" in same and not any("_proj" in name for name in same)
+    assert train(1, run, from_resume="1", **flags) == [0] and "nothing to do" in log_of(run)
 
 
 def test_a_rehearsal_saves_nothing(tmp_path, own_base, rows):

@@ -32,6 +32,7 @@ LEAST_PYTHON, LEAST_TORCH = (3, 11), (2, 11)
 NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "jinja2", "PyYAML", "psutil")
 # Numbers per weight that an optimizer remembers.
 OPTIMIZER_NUMBERS = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 1, "adafactor": 0}
+MOST_ROWS = 64  # that --batch_size auto tries: more make no step faster
 PROCESS_BYTES = 400 * MIB  # Python, torch and what both load
 MAX_LOGITS = 2**26  # numbers of the vocabulary projection that exist at once, see model/losses.py
 
@@ -100,7 +101,12 @@ def gib(size: float) -> str:
 def state_bytes(config: Config, parameters: int) -> int:
     """Of a checkpoint: weights and the optimizer's state in their type, a moving average in float32."""
     kept = 1 + OPTIMIZER_NUMBERS[config.optimizer] + config.amsgrad
-    return parameters * (weight_bytes(config) * kept + 4 * (config.ema_decay is not None))
+    return parameters * (trained_bytes(config) * kept + 4 * (config.ema_decay is not None))
+
+
+def trained_bytes(config: Config) -> int:
+    """Of a number that is trained: adapters are float32."""
+    return 4 if config.lora_rank else weight_bytes(config)
 
 
 def weight_bytes(config: Config) -> int:
@@ -112,7 +118,8 @@ def memory_need(config: Config, sizes: Sizes, world_size: int, on_gpu: bool) -> 
     shared = config.strategy == "fsdp" and world_size > 1
     parts = (config.shard_size or world_size) if shared else 1
     # Besides the trained weights: their gradients, and the frozen ones.
-    certain = (state_bytes(config, sizes.learnt) + weight_bytes(config) * sizes.parameters) // parts
+    frozen = weight_bytes(config) * (sizes.parameters - sizes.learnt)
+    certain = (state_bytes(config, sizes.learnt) + trained_bytes(config) * sizes.learnt + frozen) // parts
     if config.cpu_offload and on_gpu:
         certain = 0
     half = config.dtype in ("bfloat16", "float16") or (config.dtype == "auto" and (on_gpu or weight_bytes(config) == 2))
@@ -125,7 +132,7 @@ def memory_need(config: Config, sizes: Sizes, world_size: int, on_gpu: bool) -> 
     activations = of_layer + layers * of_input if config.gradient_checkpointing else layers * of_layer
     logits = 3 * 4 * min(tokens * sizes.vocab_size, MAX_LOGITS)
     casts = 2 * sizes.parameters // parts if half and weight_bytes(config) > 2 else 0
-    gradients = weight_bytes(config) * sizes.learnt // parts  # not yet there when a step holds most activations
+    gradients = trained_bytes(config) * sizes.learnt // parts  # not yet there when a step holds most activations
     peak = max(certain, certain - gradients + activations + logits)
     return Need(certain, peak + casts + PROCESS_BYTES)
 
@@ -190,7 +197,8 @@ def smaller(config: Config) -> str:
         else "",
         "--strategy fsdp on several devices" if config.strategy != "fsdp" else "more processes, --cpu_offload",
         f"--max_seq_len below {config.max_seq_len}",
-        "--dtype bfloat16" if config.dtype != "bfloat16" else "--param_dtype bfloat16",
+        "--dtype bfloat16" if config.dtype in ("auto", "float32") and config.param_dtype == "float32" else "",
+        "--param_dtype bfloat16" if config.dtype == "bfloat16" and config.param_dtype == "float32" else "",
         "a smaller model",
     ]
     return "try " + ", ".join(way for way in ways if way)
@@ -212,7 +220,7 @@ def check_shared_memory(config: Config, machine: Machine, local: int) -> list[Fi
     """/dev/shm, through which data workers hand over batches, and files that a process may open."""
     found = []
     batches = config.num_workers * config.prefetch_factor * local
-    need = batches * (config.batch_size * config.max_seq_len * 32 + MIB)
+    need = batches * ((config.batch_size or MOST_ROWS) * config.max_seq_len * 32 + MIB)
     free = machine.shm_free_bytes
     if free is not None and config.num_workers:
         words = f"/dev/shm has {gib(free)} free, batches on their way take up to {gib(need)}"

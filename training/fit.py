@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from training.config import Config
-from training.doctor import state_bytes, weight_bytes
+from training.doctor import MOST_ROWS, state_bytes, trained_bytes
 from training.flags import AUTO
 from training.stages import Stage
 
 logger = logging.getLogger("train")
 
-MOST_ROWS = 64  # more make no step faster
 SPARE = 16  # a sixteenth of what is free stays free: memory in pieces holds less than memory in one
 
 
@@ -51,10 +50,10 @@ def rows_that_fit(
 
     Room is kept for what the optimizer has yet to allocate. Raises ValueError where not even one row fits.
     """
-    from accelerate.utils import find_executable_batch_size
+    from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
 
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    later = state_bytes(config, parameters) - weight_bytes(config) * parameters
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    later = state_bytes(config, trained) - trained_bytes(config) * trained
     rows = most
 
     def halve() -> int:
@@ -74,11 +73,11 @@ def rows_that_fit(
         with _tight(later, device):
             return attempt(rows)
 
-    attempt(1)  # builds what is built once: threads, kernels
     try:
+        attempt(1)  # builds what is built once: threads, kernels
         return int(search())
     except RuntimeError as error:
-        if "No executable batch size" not in str(error):
+        if "No executable batch size" not in str(error) and not should_reduce_batch_size(error):
             raise
     raise ValueError(
         "--batch_size auto: not even one row fits in memory; set --gradient_checkpointing 1, lower --max_seq_len, or "
