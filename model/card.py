@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-TAGS = ["conversational", "sft", "full-sft"]
+TAGS = ["conversational", "sft"]
 OF_A_START = ("save_dir", "cache_dir", "from_resume", "overwrite", "allow_change")  # a resumed run has the same card
 COUNTS = ("rows_read", "rows_kept", "rows_rejected", "samples", "tokens", "supervised_tokens")
 USE = """```python
@@ -29,7 +29,11 @@ def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str
     """README.md of an exported model, from the resolved flags, the token ledger and the last validation."""
     train, base = report["train"], config["from_weight"]
     from_hub = base != "none" and not Path(base).is_absolute() and not Path(base).is_dir()
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": TAGS}
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [*TAGS, "lora" if config.get("lora_rank") else "full-sft"],
+    }
     head |= {"base_model": base} if from_hub else {}
     origin = "trained from scratch" if base == "none" else f"fine-tuned from `{base}`"
     stages = [{**config, **row} for row in json.loads(config["stages"])] if config["stages"] else [config]
@@ -77,8 +81,9 @@ def model_card(config: dict[str, Any], report: dict[str, Any], results: dict[str
 
 
 def _adapters(config: dict[str, Any]) -> str:
-    alpha, targets = config["lora_alpha"] or 2 * config["lora_rank"], config["lora_targets"] or "all linear layers"
-    return f"rank {config['lora_rank']}, alpha {alpha}, {targets}, merged; the adapters alone are in `adapter/`"
+    rank, targets = config["lora_rank"], config["lora_targets"] or "all linear layers but the head"
+    alpha = config["lora_alpha"] or 2 * rank
+    return f"rank {rank}, alpha {alpha}, {targets}, merged; the adapters alone are in `adapter/`"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -185,7 +185,9 @@ def describe_model(model: Any) -> str:
     adapters = f", {model.adapters.describe()}" if model.adapters else ""
     if isinstance(model, Decoder):
         return ", ".join(f"{name} {value}" for name, value in model.config.to_dict().items()) + adapters
-    config = json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str)
+    of_a_file = ("transformers_version", "dtype")  # neither is what is computed
+    said = {name: value for name, value in model.config.to_diff_dict().items() if name not in of_a_file}
+    config = json.dumps(said, sort_keys=True, default=str)
     return f"{type(model.inner).__name__} {hashlib.sha256(config.encode()).hexdigest()[:16]}{adapters}"
 
 

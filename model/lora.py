@@ -66,8 +66,9 @@ def add_adapters(
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D  # a linear layer with its weight the other way round
 
-    # What stands at the top level is the head.
-    linear = {n: each for n, each in model.named_modules() if isinstance(each, nn.Linear | Conv1D) and "." in n}
+    vocabulary = [id(module) for module in model.vocabulary_modules()]
+    layers = {name: each for name, each in model.named_modules() if id(each) not in vocabulary}
+    linear = {name: each for name, each in layers.items() if isinstance(each, nn.Linear | Conv1D)}
     past = [name for name in linear if model_type_of(model) in STATE_SPACE and last_name(name) == "out_proj"]
     shapes = {name: tuple(each.weight.shape) for name, each in linear.items() if name not in past}
     chosen, left_out = choose_layers(shapes, rank, targets)

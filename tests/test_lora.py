@@ -351,7 +351,10 @@ def test_a_run_leaves_its_base_alone_and_a_model_with_its_adapters(tmp_path, own
     }  # fmt: skip
     assert (run / "best" / "adapter").is_dir()
     card = (run / "final" / "README.md").read_text()
-    assert f"fine-tuned from `{own_base}`" in card and "| LoRA | rank 4, alpha 8, all linear layers, merged; " in card
+    assert (
+        f"fine-tuned from `{own_base}`" in card
+        and "| LoRA | rank 4, alpha 8, all linear layers but the head, merged; " in card
+    )
     model = choose_model(request_of(own_base, alpha=8), 6400).eval()
     model.load_state_dict(load_file(checkpoint / "model-00001-of-00001.safetensors"), strict=False)
     ours, theirs = (logits_of(each, pack(DOCUMENTS)) for each in (model, load_model(run / "final").eval()))

@@ -117,7 +117,7 @@ class Config:
     stages: str | None = flag(None, "table of stages (YAML or JSON), each a row of flags that replace those of the run; see docs/strategy.md", group="training")
     epochs: int = flag(2, "passes over the data", group="training", minimum=1)
     max_steps: int | None = flag(None, "steps of the whole run, replaces --epochs", group="training", minimum=1)
-    batch_size: int = flag(16, "rows per rank and micro-batch; auto (or 0) = 64, or half as often as memory needs, found once before the first step", group="training", minimum=AUTO)
+    batch_size: int = flag(16, "rows per rank and micro-batch; auto (or 0) = the first of 64, 32, 16 ... that fits in memory, found once before the first step", group="training", minimum=AUTO)
     accumulation_steps: int = flag(1, "micro-batches per step", group="training", minimum=1)
     global_batch_size: int | None = flag(None, "rows per step over all ranks (default: batch_size x accumulation_steps x ranks at the first start)", group="training", minimum=1)
     learning_rate: float = flag(5e-4, "peak learning rate", group="training", above=0)
