@@ -481,8 +481,7 @@ def run_job(
     learner = Learner(parallel, optimizer, scaler, objective, processes, dtype, config.grad_clip, config.seed, measure)
     if sharded:
         with learner.autocast():
-            tolerance = 1e-3 if dtype == torch.float32 else 0.05
-            fill_model(model, wanted, local_part, tolerance)
+            fill_model(model, wanted, local_part, dtype)
 
     # 5. Resume
     store = CheckpointStore(

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.decoder import Decoder, DecoderConfig
+from model.isolation import check_isolation
 from model.loading import (
     build_model,
     build_skeleton,
-    check_isolation,
     fill_from_files,
     load_model,
     load_skeleton,
@@ -127,10 +127,10 @@ def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False, qu
     return model
 
 
-def fill_model(model: Any, request: ModelRequest, part_of: PartOf, tolerance: float) -> None:
+def fill_model(model: Any, request: ModelRequest, part_of: PartOf, dtype: torch.dtype) -> None:
     """Give an empty model the weights that `choose_model` would have, of each tensor the part that is held here.
 
-    `tolerance` is that of `check_isolation`, larger where the model computes in half precision.
+    `dtype` is what it computes in.
     """
     if request.from_weight == NEW:
         model.initialise(torch.Generator().manual_seed(request.seed), part_of, request.init)
@@ -139,7 +139,7 @@ def fill_model(model: Any, request: ModelRequest, part_of: PartOf, tolerance: fl
     if request.lora:
         fill_adapters(model, request.seed, part_of)
     if not isinstance(model, Decoder):
-        check_isolation(model, tolerance)
+        check_isolation(model, dtype)
 
 
 def known_positions(model: Any) -> int:

@@ -4,7 +4,7 @@ One network with options: each is a line where it acts, and all of them off is L
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -302,6 +302,9 @@ class Decoder(LanguageModel):
     def shard_units(self) -> list[nn.Module]:
         """The modules to shard one by one, in forward order."""
         return list(self.model.layers)
+
+    def token_wise_parts(self) -> Iterator[tuple[nn.Module, str]]:
+        return ((layer, name) for layer in self.model.layers for name in layer.token_wise)
 
     def parameter_counts(self) -> tuple[int, int]:
         """(body, head): how many weights multiply each input token, and how many each supervised position only.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.decoder import Decoder, DecoderConfig
 from model.families import config_json, unstacked
-from model.loading import HFCausalLM
+from model.foreign import HFCausalLM
 from model.lora import Adapters, base_name, merge, write_adapters
 
 if TYPE_CHECKING:

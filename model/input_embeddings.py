@@ -21,6 +21,8 @@ class LanguageModel(nn.Module):
     vocab_size: int
     added_entries = 0  # of the vocabulary, at its end, since `model.vocabulary.grow`
     adapters: Any = None  # see model/lora.py
+    token_dim = 0  # of what its layers make of tokens
+    runs_compiled = True  # now, what is compiled of its layers
 
     def vocabulary_modules(self) -> list[nn.Module]:
         """The input embeddings and the head, whose tensors have a row for each entry of the vocabulary."""
@@ -33,6 +35,10 @@ class LanguageModel(nn.Module):
 
     def supervised_states(self, batch: dict) -> tuple[Tensor, Head]:
         """States (S, hidden) at the supervised positions of a batch, and what makes logits (S, V) of them."""
+        raise NotImplementedError
+
+    def token_wise_parts(self) -> Iterator[tuple[nn.Module, str]]:
+        """Methods that make of tokens as many tokens and let none see another, layer by layer: module and name."""
         raise NotImplementedError
 
     def input_embeddings(self) -> nn.Module:

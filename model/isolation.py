@@ -18,20 +18,23 @@ logger = logging.getLogger("train")
 PROBE_TOKENS = (7, 5)  # of the two documents that a model is tried on
 # How a model reads a batch: all documents in one line, each in a line of its own, or one document as its makers would.
 PACKED, APART, PLAIN = "packed", "apart", "plain"
+# Largest difference from the logits that a model gives a document alone with its own attention, as a share of the
+# largest logit.
+TOLERANCE, TOLERANCE_IN_HALF = 1e-3, 0.05
 
 
-def check_isolation(model: Any, tolerance: float = 1e-3) -> None:
+def check_isolation(model: Any, dtype: torch.dtype = torch.float32) -> None:
     """Let the model pack if it can, else let it compute documents apart and say so; ValueError where neither is right.
 
-    `model`: an HFCausalLM. `tolerance`: largest difference from the logits that the model gives a document alone with
-    its own attention, as a share of the largest logit.
+    `model`: an HFCausalLM, which computes in `dtype`.
     """
     family, training = type(model.inner).__name__, model.training
+    tolerance = TOLERANCE if dtype == torch.float32 else TOLERANCE_IN_HALF
     model.eval()
-    reason = _fault(model, tolerance) if model.reading == PACKED else "it takes no attention but its own"
+    reason = _tried(model, tolerance) if model.reading == PACKED else "it takes no attention but its own"
     if reason:
         model.read_apart()
-        if fault := _fault(model, tolerance):
+        if fault := _tried(model, tolerance):
             raise ValueError(f"{family} is no causal language model that this kit could train: {fault}")
         logger.warning(
             "%s cannot be packed: %s. The documents of a row are computed side by side, padded on the right, which is "
@@ -40,7 +43,16 @@ def check_isolation(model: Any, tolerance: float = 1e-3) -> None:
     model.train(training)
 
 
-def _fault(model: Any, tolerance: float) -> str | None:
+def _tried(model: Any, tolerance: float) -> str | None:
+    """The fault of a model, which knows meanwhile that it is tried."""
+    model.told = []
+    try:
+        return _fault(model, tolerance, model.told)
+    finally:
+        model.told = None  # now: in the backward pass a layer may run once more
+
+
+def _fault(model: Any, tolerance: float, told: list[int | None]) -> str | None:
     """What is wrong with how the model reads two documents, None if nothing is.
 
     Influence is a gradient that is not exactly zero: equal logits would be too much to ask of a mixture, whose matrix
@@ -51,15 +63,12 @@ def _fault(model: Any, tolerance: float) -> str | None:
     embedded: list[Tensor] = []
     # Frozen embeddings ask for no gradient themselves.
     hook = model.input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2].requires_grad_()))
-    told: list[int | None] = []
-    model.told = told
     try:
         logits = _last_logits(model, [first, second])
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return f"it fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     finally:
         hook.remove()
-        model.told = None
     if model.reading == PACKED and (fault := _fault_of_layers(model.config.get_text_config(), told)):
         return fault
     (influence,) = torch.autograd.grad(logits[:-1].square().sum(), embedded)

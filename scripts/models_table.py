@@ -294,7 +294,8 @@ class Trial:
     # --- what they are made of
 
     def _double(self) -> Any:
-        from model.loading import HFCausalLM, load_model
+        from model.foreign import HFCausalLM
+        from model.loading import load_model
 
         model = load_model(self.model)
         if isinstance(model, HFCausalLM):

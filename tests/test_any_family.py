@@ -9,9 +9,10 @@ import torch
 
 from model.decoder import Decoder
 from model.export import export_model
+from model.foreign import HFCausalLM
 from model.generate import Sampling, generate
 from model.isolation import check_isolation
-from model.loading import HFCausalLM, load_model
+from model.loading import load_model
 from model.losses import make_sft_objective, sft_objective
 from scripts.evaluate import main as evaluate
 from scripts.models_table import BEGIN, COLUMNS, END, FAMILIES, Cell, Trial, as_table, main, measure, with_table

@@ -6,9 +6,12 @@ import signal
 import pytest
 import torch
 
-from model.compile import compile_layers, token_wise_parts
+from model.compile import compile_layers
+from model.foreign import HFCausalLM
+from model.isolation import PACKED, check_isolation
 from model.losses import sft_objective
 from tests.small_world import KillAtCall, answers_of, log_of, result_of, train, write_rows
+from tests.test_export import foreign
 from tests.test_lora import adapted, make_base
 from tests.tiny_model import FILLER, pack, tiny, tokens
 
@@ -102,8 +105,6 @@ COMPILED = [
 def test_the_parts_of_other_families(tmp_path, family, shape, graphs, checkpointing):
     import transformers
 
-    from model.loading import HFCausalLM, check_isolation
-
     common = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     kind = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")
     torch.manual_seed(0)
@@ -115,9 +116,41 @@ def test_the_parts_of_other_families(tmp_path, family, shape, graphs, checkpoint
 
 
 def test_what_is_compiled_sees_no_neighbour():
-    layer, mixed = tiny().shard_units()[0], tiny(**EXPERTS).shard_units()[0]
-    assert [name for _, name in token_wise_parts(layer)] == ["before", "after"]
-    assert [name for _, name in token_wise_parts(mixed)] == ["before", "between"]
+    assert [name for _, name in tiny(num_hidden_layers=1).token_wise_parts()] == ["before", "after"]
+    assert [name for _, name in tiny(num_hidden_layers=1, **EXPERTS).token_wise_parts()] == ["before", "between"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_trial_of_a_model_runs_nothing_compiled(tmp_path, monkeypatch, checkpointing):
+    """Nor where a layer runs once more in the backward pass."""
+    foreign(tmp_path / "model", "Mistral")
+    model, called = HFCausalLM.from_pretrained(tmp_path / "model"), []
+    monkeypatch.setattr(torch, "compile", lambda method, **_: lambda *tensors: called.append(method) or 1 / 0)
+    compile_layers(model)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    check_isolation(model)
+    assert model.reading == PACKED and not called
+    with pytest.raises(ZeroDivisionError):
+        sft_objective(model.train(), BATCHES[0])
+    assert len(called) == 1
+
+
+@pytest.mark.slow
+def test_layers_that_all_differ_get_graphs_of_their_own(tmp_path, monkeypatch):
+    """More than the 8 that torch keeps of a method if it is not told otherwise."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    adapters = ["q", "q", "k", "v", "qk", "qv", "kv", "qkv", ""]  # the first layer's input has no gradient
+    targets = [f"{layer}.self_attn.{kind}_proj" for layer, kinds in enumerate(adapters) for kind in kinds]
+    model = adapted(make_base(tmp_path / "base", num_hidden_layers=9), targets=",".join(targets)).train()
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda method, **_: compiler(method, fullgraph=True, backend="eager"))
+    compile_layers(model)
+    sft_objective(model, BATCHES[0])["ce"].backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 9 + 2
 
 
 def first_gradients(rank, answer, order):

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import model.export
 from model.decoder import Decoder
 from model.export import export_model
-from model.loading import HFCausalLM, load_model
+from model.foreign import HFCausalLM
+from model.loading import load_model
 from model.losses import sft_objective
 from tests.tiny_model import FILLER, logits_of, pack, tiny, tokens
 

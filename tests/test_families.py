@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from model.decoder import Decoder, DecoderConfig
 from model.export import export_model
 from model.families import config_json, decoder_config, is_builtin
-from model.loading import HFCausalLM, load_model, load_skeleton
+from model.foreign import HFCausalLM
+from model.loading import load_model, load_skeleton
 from model.parts import overlap, whole
 from tests.tiny_model import logits_of, pack, tiny, tokens
 

@@ -157,7 +157,7 @@ def test_the_first_adapters_follow_from_the_seed_alone_in_whole_or_in_parts(own_
         part = held.setdefault(names[id(tensor)], torch.empty(len(tensor) - first, *tensor.shape[1:]))
         return part, (first, *[0] * (tensor.dim() - 1))
 
-    fill_model(skeleton, request_of(own_base), second_half, 1e-3)
+    fill_model(skeleton, request_of(own_base), second_half, torch.float32)
     assert held.keys() == whole.keys()
     assert all(torch.equal(part, whole[name][-len(part) :]) for name, part in held.items() if len(part))
 

@@ -7,7 +7,8 @@ import torch
 
 from model.choose import ModelRequest, choose_model, load_tokenizer
 from model.export import export_model
-from model.loading import HFCausalLM, load_model, load_skeleton
+from model.foreign import HFCausalLM
+from model.loading import load_model, load_skeleton
 from model.trust import Trust, UnsafeModelError
 from scripts.chat import main as chat
 from scripts.ranks import run_ranks, train_rank

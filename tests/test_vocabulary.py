@@ -54,7 +54,7 @@ def test_new_rows_are_the_mean_of_the_old_ones(tmp_path, kind, caplog):
     shared._apply(lambda tensor: torch.empty_like(tensor, device="cpu").fill_(9) if tensor.is_meta else tensor)
     if kind not in UNTIED:
         shared.lm_head.weight = shared.input_embeddings().weight
-    fill_model(shared, request, whole, 1e-3)
+    fill_model(shared, request, whole, torch.float32)
     assert all(torch.equal(tensor, after[name]) for name, tensor in shared.state_dict().items())
 
     export_model(tmp_path / "final", larger, TOKENIZER)
@@ -78,7 +78,7 @@ def test_a_process_may_hold_any_part_of_a_larger_table(tmp_path):
             part = torch.full((high - low, *tensor.shape[1:]), torch.nan)
             return held.setdefault(id(tensor), part), (low, *[0] * (tensor.dim() - 1))
 
-        fill_model(model, request, part_of, 1e-3)
+        fill_model(model, request, part_of, torch.float32)
         for name, parameter in model.named_parameters():
             assert torch.equal(held[id(parameter)], expected[name][first:end]), name
 
