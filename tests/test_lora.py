@@ -17,9 +17,8 @@ from model.losses import make_sft_objective, sft_objective
 from scripts.checkpoints import main as checkpoints_script
 from scripts.evaluate import main as evaluate
 from tests.small_world import KillAtCall, log_of, records_of, result_of, sha256, train, write_rows
-from tests.test_export import foreign
 from tests.test_layout import FILES, imports_of
-from tests.tiny_model import FILLER, logits_of, pack, tiny, tokens
+from tests.tiny_model import FILLER, foreign, logits_of, pack, tiny, tokens
 from training.config import Config, ConfigError, make_config
 from training.doctor import Sizes, memory_need, state_bytes
 
