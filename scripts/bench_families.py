@@ -4,8 +4,8 @@
 
 Random weights are written once as a Llama; every contender trains them on the same batches in a process of its own, one
 after the other, round by round. Told are medians of tokens per second over all steps but the first and the last, of
-tokens per second of computing (CPU time of all threads, which other work on the machine hardly touches), seconds of the
-first step (where kernels are built) and the most memory that a process held.
+tokens per CPU second (of all threads, which other work on the machine hardly touches), seconds of the first step (where
+kernels are built) and the most memory that a process held.
 """
 
 import argparse

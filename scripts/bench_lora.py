@@ -2,8 +2,8 @@
 
 Makes a model of about 100 million parameters and trains all of it, then adapters beside all linear layers, then beside
 the projections to queries and values only: each in a process of its own, in turn, again in every round. Prints medians
-of a step's time on the clock and on all cores together (which others on the machine disturb less), the peak of resident
-memory (while it trained, and of the whole run, which writes final/ at its end) and the size of a checkpoint.
+of a step's time on the clock and in CPU seconds (which others on the machine disturb less), the peak of resident memory
+(while it trained, and of the whole run, which writes final/ at its end) and the size of a checkpoint.
 """
 
 from __future__ import annotations

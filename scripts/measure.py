@@ -46,13 +46,13 @@ def parser_of(name: str, about: str, **numbers: int) -> argparse.ArgumentParser:
     parser.add_argument("--prompt_field")
     parser.add_argument("--response_field")
     for number, default in numbers.items():
-        about = f"{NUMBERS[number]} (default {default})"
-        parser.add_argument(f"--{number}", type=positive, default=default, metavar="N", help=about)
+        said = f"{NUMBERS[number]} (default {default})"
+        parser.add_argument(f"--{number}", type=positive, default=default, metavar="N", help=said)
     return parser
 
 
 def data_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """The flags of the trainer for the data that a bench was given."""
+    """The trainer's flags for the data that a bench was given; a path holds in any directory."""
     given = {name: getattr(options, name) for name in DATA}
     return given if options.data_path == "demo" else given | {"data_path": Path(options.data_path).resolve()}
 
