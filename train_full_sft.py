@@ -116,7 +116,7 @@ from training.records import Meter, RunRecords, StateFile
 from training.report import reported
 from training.sinks import sink_makers
 from training.stages import Stage, check_terms, idle_flags, read_stages, weighs
-from training.start import Start, begin, decide_start, has_begun, refuse_changes
+from training.start import Start, begin, decide_start, has_begun, refuse_changes, refuse_to_clear
 from training.state import LoopState, NonFiniteError
 from training.sums import Sums, add_to, evaluation_means, token_means
 from training.watchdog import EXIT_HANG, FIRST_FACTOR, Watchdog
@@ -407,6 +407,8 @@ def run(
     save_dir = Path(config.save_dir)
     lock = lock_run(save_dir) if rank == 0 and not config.dry_run else None  # until this function ends
     start = decide_start(save_dir, config.from_resume, config.overwrite, has_begun(save_dir))
+    if start.clears:
+        refuse_to_clear(save_dir, {name: getattr(config, name) for name in ("from_weight", "tokenizer", "teacher")})
     if lock:
         StateFile(save_dir / "state.json").say("pending", start.clears)
     with reported(save_dir, wanted=bool(lock) and config.report):

@@ -57,6 +57,11 @@ class ChatRenderer:
         self._check_pieces()
         self.end_of_turn = self._find_end_of_turn()
 
+    @property
+    def end_ids(self) -> set[int]:
+        """The tokens that an answer can end with."""
+        return {self._tokenizer.eos_token_id, self._tokenizer.convert_tokens_to_ids(self.end_of_turn)}
+
     def render(self, messages: list[Message], tools: Tools = None) -> Sample:
         """Renders one conversation as one sample; raises RowError when there is no right mask for it."""
         conversation = Conversation(0, messages, tools)

@@ -22,6 +22,7 @@ from model.loading import (
     fill_from_files,
     load_model,
     load_skeleton,
+    refuse_missing,
     weight_files,
 )
 from model.lora import add_adapters, fill_adapters
@@ -147,16 +148,37 @@ def known_positions(model: Any) -> int:
     return getattr(model.config, "max_position_embeddings", None) or NO_BOUND
 
 
+def positions_of_one(model: Any) -> int:
+    """Up to which length a document's rotary angles are its own; beyond, those of some models follow its neighbours.
+
+    They stretch all positions of a batch by its longest document, packed or side by side.
+    """
+    config = getattr(model, "inner", model).config
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = list(rope.values()) if all(isinstance(part, dict) for part in rope.values()) else [rope]
+    original = getattr(config, "original_max_position_embeddings", None) or known_positions(model)
+    lengths = [part.get("original_max_position_embeddings") or original for part in parts if stretches(part)]
+    return min([NO_BOUND, *lengths])
+
+
+def stretches(rope: dict[str, Any]) -> bool:
+    return rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")
+
+
 def check_positions(model: Any, lengths: np.ndarray, max_seq_len: int) -> None:
-    """Raises ValueError where a sample is longer than the model can tell positions apart.
+    """Raises ValueError where a sample is longer than the model can tell positions apart or keep them its own.
 
     A row may be longer: every sample in it begins at position 0.
     """
-    longest, known = int(lengths.max()) - 1, known_positions(model)
-    if longest > known:
+    longest, known, own = int(lengths.max()) - 1, known_positions(model), positions_of_one(model)
+    if longest > min(known, own):
+        reason = f"the model knows {known} positions" if known <= own else (
+            f"the angles of this model follow the longest document of a batch where one is longer than {own}, so that "
+            "documents would change each other"
+        )  # fmt: skip
         raise ValueError(
-            f"--max_seq_len {max_seq_len}: a sample has {longest} tokens, the model knows {known} positions; give "
-            f"--max_seq_len {known} and say with --overlong what to do with longer samples"
+            f"--max_seq_len {max_seq_len}: a sample has {longest} tokens, {reason}; give --max_seq_len "
+            f"{min(known, own)} and say with --overlong what to do with longer samples"
         )
 
 
@@ -202,4 +224,7 @@ def exported_directory(path: Path) -> Path:
 
 def weights_source(from_weight: str) -> str:
     """--from_weight as it is loaded: a finished run stands for its final/; what is no directory is none or a Hub id."""
-    return str(exported_directory(Path(from_weight))) if Path(from_weight).is_dir() else from_weight
+    if Path(from_weight).is_dir():
+        return str(exported_directory(Path(from_weight)))
+    refuse_missing(from_weight)
+    return from_weight

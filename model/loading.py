@@ -62,10 +62,15 @@ def load_skeleton(source: str | Path, dropout: float = 0.0, trust: Trust = NO_TR
     return HFCausalLM.skeleton(source, trust)
 
 
-def is_builtin_directory(source: str | Path, trust: Trust = NO_TRUST) -> bool:
-    """Whether the built-in decoder computes what lies there. Raises ValueError where nothing does."""
+def refuse_missing(source: str | Path) -> None:
+    """Raises ValueError for a path where nothing is; what could be an id of the Hub is none."""
     if not Path(source).is_dir() and (str(source).count("/") > 1 or str(source).startswith((".", "/", "~"))):
         raise ValueError(f"no model in {source}: there is no such directory")
+
+
+def is_builtin_directory(source: str | Path, trust: Trust = NO_TRUST) -> bool:
+    """Whether the built-in decoder computes what lies there. Raises ValueError where nothing does."""
+    refuse_missing(source)
     refuse_unsafe_weights(source, trust)
     return (Path(source) / "config.json").is_file() and is_builtin(read_config(source))
 

@@ -23,8 +23,8 @@ from model.parts import PartOf, block, whole
 
 logger = logging.getLogger("train")
 
-# Their kernels take the weight of `out_proj` past its layer, so that an adapter there would do nothing.
-STATE_SPACE = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+# Linear layers whose weight a state-space mixer reads itself, so that an adapter there would do nothing.
+READ_PAST = ("out_proj", "dt_proj")
 
 
 @dataclass
@@ -69,7 +69,7 @@ def add_adapters(
     vocabulary = [id(module) for module in model.vocabulary_modules()]
     layers = {name: each for name, each in model.named_modules() if id(each) not in vocabulary}
     linear = {name: each for name, each in layers.items() if isinstance(each, nn.Linear | Conv1D)}
-    past = [name for name in linear if model_type_of(model) in STATE_SPACE and last_name(name) == "out_proj"]
+    past = [name for name in linear if is_read_past(model, name)]
     shapes = {name: tuple(each.weight.shape) for name, each in linear.items() if name not in past}
     chosen, left_out = choose_layers(shapes, rank, targets)
     left_out += past + [name for name, parameter in model.named_parameters() if parameter.dim() > 2]
@@ -106,8 +106,9 @@ def choose_layers(linear: Mapping[str, tuple[int, ...]], rank: int, targets: str
     return wide, [name for name in chosen if name not in wide]
 
 
-def model_type_of(model: Any) -> str:
-    return getattr(model.config, "model_type", "")
+def is_read_past(model: nn.Module, name: str) -> bool:
+    mixer = type(model.get_submodule(name.rpartition(".")[0])).__name__.lower()
+    return last_name(name) in READ_PAST and "mamba" in mixer
 
 
 def last_name(name: str) -> str:

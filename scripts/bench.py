@@ -9,106 +9,43 @@ padding; FLOPs are 6 x body weights x tokens + 6 x head weights x supervised tok
 
 import argparse
 import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAPE = {
-    "hidden_size": 512,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 1664,
-}
+from scripts.evaluate import positive
+from scripts.measure import SMALL, data_flags, in_turns, median, parser_of, run_child, train
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", default="demo", help="training data, as for the trainer")
-    parser.add_argument("--prompt_field")
-    parser.add_argument("--response_field")
+    parser = parser_of("bench", __doc__, rounds=3, steps=4, batch_size=4, max_seq_len=1024, threads=2)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--threads", type=int, default=2, help="threads of each contender")
-    parser.add_argument("--rounds", type=int, default=3, help="alternations of the two contenders")
-    parser.add_argument("--steps", type=int, default=4, help="steps per round; the first one is not counted")
-    parser.add_argument("--batch_size", type=int, default=4, help="rows of the trainer's micro-batch")
-    parser.add_argument("--max_seq_len", type=int, default=1024)
-    parser.add_argument("--trl_batch_size", type=int, default=16, help="samples of TRL's batch (dynamic padding)")
+    parser.add_argument("--trl_batch_size", type=positive, default=16, help="samples of TRL's batch (dynamic padding)")
     parser.add_argument("--without_trl", action="store_true", help="measure the trainer alone")
     parser.add_argument("--moe", action="store_true", help="measure the trainer with --use_moe 1 too")
     parser.add_argument("--out", default="bench.json")
-    parser.add_argument("--contender", choices=("trl",), help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # the options of TRL, in a process of its own
     return parser.parse_args(argv)
 
 
-def measured(command: list[str], threads: int) -> tuple[int, float]:
-    """Peak resident bytes and seconds of a child process; raises RuntimeError with its output when it fails."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    with tempfile.TemporaryFile("w+") as log:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            log.seek(0)
-            raise RuntimeError(f"{' '.join(command)} failed:\n{log.read()[-3000:]}")
-        return usage.ru_maxrss * 1024, time.perf_counter() - started
-
-
 def run_ours(options: argparse.Namespace, directory: Path, **more: Any) -> dict[str, Any]:
-    """The trainer itself with `more` flags, read back from its metrics."""
+    """The trainer itself with `more` flags; the first step warms caches up, the last one carries the save before it."""
     flags = {
-        **SHAPE,
-        "data_path": options.data_path,
-        "dtype": options.dtype,
-        "device": "cpu",
-        "max_steps": options.steps,
-    }
-    flags |= {
-        "batch_size": options.batch_size,
-        "max_seq_len": options.max_seq_len,
-        "save_dir": directory,
-        "report": 0,
-        "overwrite": 1,
-    }
-    flags |= {"log_interval": 1, "save_interval": options.steps - 1, "eval_interval": "99epoch"}
-    if options.prompt_field:
-        flags |= {"prompt_field": options.prompt_field, "response_field": options.response_field}
-    words = [word for name, value in (flags | more).items() for word in (f"--{name}", str(value))]
-    peak, _ = measured([sys.executable, "train_full_sft.py", *words], options.threads)
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    # the first step warms caches up, the last one carries the save before it
-    steps = [r for r in records if r["kind"] == "train"][1:-1]
-    report = json.loads((directory / "data_report.json").read_text())["train"]
-    return {
-        "tokens_per_second": [r["train/tokens_per_second"] for r in steps],
-        "supervised_per_second": [r["train/supervised_tokens_per_second"] for r in steps],
-        "data_wait_share": [r["train/data_wait_share"] for r in steps],
-        "seconds_per_step": [r["train/seconds_per_step"] for r in steps],
-        "checkpoint_seconds": [r["seconds"] for r in records if r.get("event") == "checkpoint"],
-        "packing_efficiency": report["efficiency"],
-        "peak_bytes": peak,
-    }
+        **SMALL, **data_flags(options), "dtype": options.dtype, "max_steps": options.steps,
+        "batch_size": options.batch_size, "save_interval": options.steps - 1, "save_dir": directory, **more,
+    }  # fmt: skip
+    report = directory / "data_report.json"
+    found = train(options.threads, slice(1, -1), **flags)
+    return {**found, "packing_efficiency": json.loads(report.read_text())["train"]["efficiency"]}
 
 
 def run_trl(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     out = directory / "trl.json"
-    ours_alone = ("contender", "out", "without_trl", "moe")
-    own = [f"--{k}={v}" for k, v in vars(options).items() if k not in ours_alone and v is not None]
-    peak, _ = measured(
-        [sys.executable, "-m", "scripts.bench", *own, "--contender", "trl", "--out", str(out)], options.threads
-    )
+    told = json.dumps({**vars(options), "data_path": str(data_flags(options)["data_path"]), "out": str(out)})
+    peak = run_child(["-m", "scripts.bench", "--child", told], options.threads)
     return {**json.loads(out.read_text()), "peak_bytes": peak}
 
 
@@ -130,7 +67,7 @@ def contend_trl(options: argparse.Namespace) -> None:
     fields = DataOptions(prompt_field=options.prompt_field, response_field=options.response_field).fields()
     chats = [row.messages for row in read_conversations(path, fields) if isinstance(row, Conversation)]
     rows = Dataset.from_list([{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats])
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SHAPE))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **SMALL))
     settings = SFTConfig(
         output_dir=str(Path(options.out).parent / "trl"), per_device_train_batch_size=options.trl_batch_size,
         max_steps=options.steps, max_length=options.max_seq_len, bf16=options.dtype == "bfloat16", use_cpu=True,
@@ -170,38 +107,34 @@ def matmul_rate(options: argparse.Namespace) -> float:
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     rows = options.batch_size * options.max_seq_len
-    x = torch.randn(rows, SHAPE["hidden_size"]).to(dtype)
-    w = torch.randn(SHAPE["intermediate_size"], SHAPE["hidden_size"]).to(dtype)
+    x = torch.randn(rows, SMALL["hidden_size"]).to(dtype)
+    w = torch.randn(SMALL["intermediate_size"], SMALL["hidden_size"]).to(dtype)
     seconds = []
     for _ in range(11):
         started = time.perf_counter()
         torch.nn.functional.linear(x, w)
         seconds.append(time.perf_counter() - started)
-    return 2 * rows * SHAPE["hidden_size"] * SHAPE["intermediate_size"] / statistics.median(seconds[1:])
+    return 2 * rows * SMALL["hidden_size"] * SMALL["intermediate_size"] / statistics.median(seconds[1:])
 
 
-def summarise(
-    ours: list[dict[str, Any]], moe: list[dict[str, Any]], trl: list[dict[str, Any]], rates: list[float]
-) -> dict[str, Any]:
+def summarise(found: dict[str, list[Any]]) -> dict[str, Any]:
     """Medians over all counted steps of all rounds."""
     from model.decoder import Decoder, DecoderConfig
 
-    body, head = Decoder(DecoderConfig(vocab_size=6400, **SHAPE)).parameter_counts()
-
-    def median(runs: list[dict[str, Any]], name: str) -> float:
-        return statistics.median(value for run in runs for value in run[name])
-
-    speed = median(ours, "tokens_per_second")
-    flops = 6 * body * speed + 6 * head * median(ours, "supervised_per_second")
+    ours, moe, trl = (found.get(name, []) for name in ("trainer", "with experts", "TRL"))
+    body, head = Decoder(DecoderConfig(vocab_size=6400, **SMALL)).parameter_counts()
+    speed, rate = median(ours, "tokens_per_second"), statistics.median(found["before"] + found["after"])
+    flops = 6 * body * speed + 6 * head * median(ours, "supervised_tokens_per_second")
     result = {
         "parameters": body + head,
         "tokens_per_second": speed,
         "model_flops_per_second": flops,
-        "matmul_flops_per_second": statistics.median(rates),
-        "share_of_matmul_rate": flops / statistics.median(rates),
-        "data_wait_share": median(ours, "data_wait_share"),
-        "seconds_per_step": median(ours, "seconds_per_step"),
-        "checkpoint_seconds": median(ours, "checkpoint_seconds"),
+        "matmul_flops_per_second": rate,
+        "share_of_matmul_rate": flops / rate,
+        **{
+            name: median(ours, name)
+            for name in ("data_wait_share", "seconds_per_step", "cpu_seconds_per_step", "checkpoint_seconds")
+        },
         "packing_efficiency": ours[0]["packing_efficiency"],
         "peak_bytes": max(run["peak_bytes"] for run in ours),
     }
@@ -217,33 +150,21 @@ def summarise(
 
 def main() -> None:
     options = parse()
-    if options.contender:
-        contend_trl(options)
+    if options.child:
+        contend_trl(argparse.Namespace(**json.loads(options.child)))
         return
-    if options.data_path != "demo":
-        options.data_path = str(Path(options.data_path).resolve())
-    directory = Path(tempfile.mkdtemp(prefix="bench-"))
-    ours, moe, trl, rates = [], [], [], []
-    try:
-        for number in range(1, options.rounds + 1):
-            rates.append(matmul_rate(options))
-            ours.append(run_ours(options, directory / "run"))
-            if options.moe:
-                moe.append(run_ours(options, directory / "moe", use_moe=1))
-            rates.append(matmul_rate(options))
-            if not options.without_trl:
-                trl.append(run_trl(options, directory))
-            said = f"trainer {statistics.median(ours[-1]['tokens_per_second']):,.0f} tokens/s"
-            said += f", with experts {statistics.median(moe[-1]['tokens_per_second']):,.0f}" if moe else ""
-            said += f", TRL {statistics.median(trl[-1]['tokens_per_second']):,.0f}" if trl else ""
-            print(f"round {number} of {options.rounds}: {said}", flush=True)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-    result = {**summarise(ours, moe, trl, rates), "options": vars(options)}
-    Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as scratch:
+        directory, product = Path(scratch), partial(matmul_rate, options)
+        variants = {"before": product, "trainer": partial(run_ours, options, directory / "run")}
+        if options.moe:
+            variants["with experts"] = partial(run_ours, options, directory / "moe", use_moe=1)
+        variants["after"] = product
+        if not options.without_trl:
+            variants["TRL"] = partial(run_trl, options, directory)
+        result = summarise(in_turns(options.rounds, variants))
+    Path(options.out).write_text(json.dumps({**result, "options": vars(options)}, indent=1), encoding="utf-8")
     for name, value in result.items():
-        if name != "options":
-            print(f"{name:28} {value:,.4g}" if value < 100 else f"{name:28} {value:,.0f}")
+        print(f"{name:28} {value:,.4g}" if value < 100 else f"{name:28} {value:,.0f}")
 
 
 if __name__ == "__main__":

@@ -8,61 +8,32 @@ how much longer all steps took, divided by the number of checkpoints.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from scripts.evaluate import positive
-
-ROOT = Path(__file__).resolve().parent.parent
-SHAPE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2560}
+from scripts.measure import LARGE, data_flags, parser_of, peak_while_training, run_child, words_of
+from training.metrics import read_records
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_checkpoints", description=__doc__.split(":")[0])
-    parser.add_argument("--data_path", default="demo", help="training data, as for the trainer")
-    parser.add_argument("--prompt_field")
-    parser.add_argument("--response_field")
-    parser.add_argument("--processes", type=positive, default=2, metavar="N", help="default 2")
-    parser.add_argument("--steps", type=positive, default=12, metavar="N", help="steps of each run (default 12)")
-    parser.add_argument("--saves", type=positive, default=3, metavar="N", help="checkpoints of each run (default 3)")
-    parser.add_argument("--max_seq_len", type=positive, default=512, metavar="N")
-    return parser.parse_args(argv)
+    return parser_of("bench_checkpoints", __doc__, processes=2, steps=12, saves=3, max_seq_len=512).parse_args(argv)
 
 
 def run(options: argparse.Namespace, save_dir: Path, **flags: Any) -> list[dict[str, Any]]:
     """The records of a run of the trainer; raises RuntimeError with its output when it fails."""
-    given = {name: getattr(options, name) for name in ("data_path", "prompt_field", "response_field", "max_seq_len")}
     values = {
-        **SHAPE,
-        **given,
-        "save_dir": save_dir,
-        "batch_size": 1,
-        "max_steps": options.steps,
-        "log_interval": 1,
-        "report": 0,
-    }
-    values |= {"overlong": "drop", "save_interval": 10**9, **flags}
-    words = [f"--{name}={value}" for name, value in values.items() if value is not None]
+        **LARGE, **data_flags(options), "save_dir": save_dir, "batch_size": 1, "max_steps": options.steps,
+        "log_interval": 1, "report": 0, "overlong": "drop", "save_interval": 10**9, **flags,
+    }  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.processes)))
-    done = subprocess.run(
-        [sys.executable, *launcher, "train_full_sft.py", *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    return [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // options.processes)))
+    run_child([*launcher, "train_full_sft.py", *words_of(values)], threads)
+    return read_records(save_dir / "metrics.jsonl")
 
 
 def seconds_between(records: list[dict[str, Any]], first: int, last: int) -> float:
@@ -98,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"a resume: {after - started:.1f} s from the command to the end of the first step, imports included")
         for strategy in ("ddp", "fsdp"):
             records = run(options, work / strategy, strategy=strategy, max_steps=3)
-            peak = max(r["memory_usage"] for r in records if r["kind"] == "epoch")
-            print(f"{strategy}: peak memory of rank 0 {peak / 1e9:.2f} GB")
+            print(f"{strategy}: peak memory of rank 0 {peak_while_training(records) / 1e9:.2f} GB")
     return 0
 
 

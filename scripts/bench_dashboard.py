@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from scripts.dashboard.security import make_token
+from scripts.ranks import free_port
 
 CLIENTS, RECORDS, STEPS = 50, 200_000, 1500
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -54,12 +55,6 @@ def start_server(runs_dir: Path, port: int) -> subprocess.Popen[bytes]:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return server
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def measure_chart(runs_dir: Path) -> dict[str, float]:

@@ -8,19 +8,18 @@ for both, and how many of the answers are exact.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dataset.demo import held_out_conversations, training_conversations
 from scripts.evaluate import positive
+from scripts.measure import print_table, run_child, words_of, write_rows
 from training.observe import read_history
 
-ROOT = Path(__file__).resolve().parent.parent
 STUDENT = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192}
 
 
@@ -37,10 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def train(module: list[str], save_dir: Path, **flags: Any) -> tuple[float, float]:
     """Held-out loss and share of exact answers at the end of a run. RuntimeError with its output if it fails."""
-    words = [f"--{name}={value}" for name, value in {**STUDENT, **flags, "save_dir": save_dir}.items()]
-    done = subprocess.run([sys.executable, *module, *words], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
+    run_child([*module, *words_of({**STUDENT, **flags, "save_dir": save_dir})])
     history = read_history(save_dir, "eval")
     return history["eval/loss"][-1], history["eval/exact_match"][-1]
 
@@ -51,26 +47,26 @@ def main(argv: list[str] | None = None) -> int:
         "-m", "scripts.train_distillation", f"--teacher={options.teacher}", f"--alpha={options.alpha}",
         f"--temperature={options.temperature}",
     ]  # fmt: skip
-    found = []
-    print("| seed | alone | taught | exact alone | exact taught |\n|---|---|---|---|---|")
+    gains: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
         rows, folder = training_conversations(), Path(scratch)
         chosen = rows[:: max(1, len(rows) // options.samples)][: options.samples]
-        for name, content in (("train", chosen), ("held_out", held_out_conversations())):
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         flags = {
-            "data_path": folder / "train.jsonl", "val_data_path": folder / "held_out.jsonl",
-            "cache_dir": folder / "cache", "max_seq_len": 512, "batch_size": 2, "max_steps": options.steps,
-            "learning_rate": 4e-3, "device": "cpu",
-            "warmup_ratio": 0.05, "eval_interval": options.steps, "save_interval": options.steps, "eval_samples": 140,
+            "data_path": write_rows(folder / "train.jsonl", chosen), "cache_dir": folder / "cache", "max_seq_len": 512,
+            "val_data_path": write_rows(folder / "held_out.jsonl", held_out_conversations()), "device": "cpu",
+            "batch_size": 2, "max_steps": options.steps, "learning_rate": 4e-3, "warmup_ratio": 0.05,
+            "eval_interval": options.steps, "save_interval": options.steps, "eval_samples": 140,
         }  # fmt: skip
-        for seed in range(1, options.seeds + 1):
-            alone = train(["train_full_sft.py"], folder / f"alone-{seed}", **flags, seed=seed)
-            taught = train(taught_by, folder / f"taught-{seed}", **flags, seed=seed)
-            found.append((alone[0], taught[0]))
-            print(f"| {seed} | {alone[0]:.4f} | {taught[0]:.4f} | {alone[1]:.1%} | {taught[1]:.1%} |", flush=True)
-    print(f"median gain {statistics.median(alone - taught for alone, taught in found):.4f} nats per token")
+
+        def pairs() -> Iterator[tuple[Any, ...]]:
+            for seed in range(1, options.seeds + 1):
+                alone, exact_alone = train(["train_full_sft.py"], folder / f"alone-{seed}", **flags, seed=seed)
+                taught, exact_taught = train(taught_by, folder / f"taught-{seed}", **flags, seed=seed)
+                gains.append(alone - taught)
+                yield seed, f"{alone:.4f}", f"{taught:.4f}", f"{exact_alone:.1%}", f"{exact_taught:.1%}"
+
+        print_table(("seed", "alone", "taught", "exact alone", "exact taught"), pairs())
+    print(f"median gain {statistics.median(gains):.4f} nats per token")
     return 0
 
 

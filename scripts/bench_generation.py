@@ -12,9 +12,11 @@ import io
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from scripts.evaluate import answer_all, exit_code_of, positive, spread
+from scripts.measure import in_turns, print_table
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -41,22 +43,24 @@ def measure(options: argparse.Namespace) -> tuple[dict[int, float], int]:
     model = load_model(directory).to(choose_device(options.device)).eval()
     tokenizer = load_tokenizer(str(directory))
     renderer = ChatRenderer(tokenizer)
-    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(renderer.end_of_turn)}
     rows = spread(held_out_conversations(), options.prompts)
     prompts = [renderer.prompt_ids(row["messages"][:-1]) for row in rows]
-    seconds: dict[int, list[float]] = {size: [] for size in options.batch_sizes}
     expected = None
-    for _ in range(options.rounds + 1):
-        for size, times in seconds.items():
-            started = time.perf_counter()
-            with contextlib.redirect_stderr(io.StringIO()):  # it tells how far it is
-                answers = answer_all(model, prompts, options.max_new_tokens, size, ends)
-            times.append(time.perf_counter() - started)
-            expected = expected or answers
-            if answers != expected:
-                raise RuntimeError(f"answers in batches of {size} differ from those of {options.batch_sizes[0]}")
-    count = sum(len(ids) for ids, _ in answers)
-    return {size: count / statistics.median(times[1:]) for size, times in seconds.items()}, count
+
+    def seconds_in(size: int) -> float:
+        nonlocal expected
+        started = time.perf_counter()
+        with contextlib.redirect_stderr(io.StringIO()):  # it tells how far it is
+            answers = answer_all(model, prompts, options.max_new_tokens, size, renderer.end_ids)
+        seconds = time.perf_counter() - started
+        expected = expected or answers
+        if answers != expected:
+            raise RuntimeError(f"answers in batches of {size} differ from those of {options.batch_sizes[0]}")
+        return seconds
+
+    found = in_turns(options.rounds + 1, {size: partial(seconds_in, size) for size in options.batch_sizes})
+    count = sum(len(ids) for ids, _ in expected)
+    return {size: count / statistics.median(times[1:]) for size, times in found.items()}, count
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,9 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
     print(f"{options.prompts} prompts, {count} tokens of answers, the same in all sizes; {options.rounds} rounds\n")
-    print("| batch size | tokens/s | ratio |\n|---|---|---|")
-    for size, speed in speeds.items():
-        print(f"| {size} | {speed:,.0f} | {speed / speeds[options.batch_sizes[0]]:.1f} |")
+    first = speeds[options.batch_sizes[0]]
+    rows = ((size, f"{speed:,.0f}", f"{speed / first:.1f}") for size, speed in speeds.items())
+    print_table(("batch size", "tokens/s", "ratio"), rows)
     return 0
 
 

@@ -103,7 +103,7 @@ class Talk:
         if room < 1:
             raise ValueError(f"the conversation has {len(prompt)} tokens, the context of this model only {context}")
         longest = min(self.max_new_tokens, room)
-        ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.renderer.end_of_turn)}
+        ends = self.renderer.end_ids
         sampling = replace(self.sampling, seed=self.sampling.seed + len(asked))  # each turn draws anew
         tokens = generate_stream(self.model, prompt, max_new_tokens=longest, eos_token_ids=ends, sampling=sampling)
         stream, answer, count = TextStream(self.tokenizer), "", 0

@@ -88,6 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     exporting.add_argument("--out", metavar="DIR", type=Path, help="where to (default RUN/export-step-…)")
     exporting.add_argument("--dtype", choices=EXPORT_DTYPES, help="default: --export_dtype of the run")
     exporting.add_argument("--tokenizer", metavar="DIR", help="if that of the run is no longer where it was")
+    exporting.add_argument("--from_weight", metavar="DIR", help="the same for the model that the run began with")
     exporting.add_argument("--ema", action="store_true", help="the moving averages of a run with --ema_decay")
     pruning = command("prune", "show what need not be kept, and with --yes delete it")
     pruning.add_argument("--keep_last", metavar="N", type=positive, help="newest ones to keep (default: as the run)")
@@ -219,7 +220,7 @@ def export(place: Place, options: argparse.Namespace) -> int:
     if out.exists():  # what lies there might be anything, and publishing would replace it
         raise ValueError(f"{out} exists already: delete it, or name another directory with --out")
     manifest, state = read_manifest(checkpoint), read_trainer_state(checkpoint)
-    settings = state["config"]
+    settings = {**state["config"], **({"from_weight": options.from_weight} if options.from_weight else {})}
     names = ("from_weight", "param_dtype", "revision", "trust_remote_code")
     wanted = ModelRequest(**{name: settings[name] for name in names if name in settings}, lora=lora_of(settings))
     source = options.tokenizer or choose_tokenizer(settings["tokenizer"], wanted.from_weight)

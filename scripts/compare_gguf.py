@@ -30,12 +30,12 @@ ODD_TEXTS = (
 class LlamaCpp:
     """A GGUF file in llama.cpp, computing in float32 where the file does."""
 
-    def __init__(self, path: Path, context: int = 2048) -> None:
+    def __init__(self, path: Path) -> None:
         import xllamacpp
 
         options = xllamacpp.CommonParams()
         options.model.path = str(path)
-        options.n_ctx, options.n_gpu_layers, options.cpuparams.n_threads = context, 0, 1
+        options.n_ctx, options.n_gpu_layers, options.cpuparams.n_threads = 2048, 0, 1
         options.warmup, options.fit_params, options.verbosity = False, False, -1
         options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -82,20 +82,24 @@ def compare(options: argparse.Namespace) -> tuple[int, int, int, int]:
     directory = exported_directory(options.directory)
     model, tokenizer = load_model(directory), load_tokenizer(str(directory))
     renderer, theirs = ChatRenderer(tokenizer), LlamaCpp(options.file)
-    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(renderer.end_of_turn)}
     rows = [row["messages"] for row in held_out_conversations()]
     questions = [messages[:-1] for messages in spread(rows, options.limit)]
     prompts = [renderer.prompt_ids(messages) for messages in questions]
-    ids = generate(model, prompts, max_new_tokens=options.max_new_tokens, eos_token_ids=ends)
+    ids = generate(model, prompts, max_new_tokens=options.max_new_tokens, eos_token_ids=renderer.end_ids)
     same = 0
-    for messages, ours in zip(questions, map(str.strip, tokenizer.batch_decode(ids)), strict=True):
-        answer = theirs.answer(messages, options.max_new_tokens).strip()  # it strips some spaces itself
+    for messages, ours in zip(questions, map(whole_text, tokenizer.batch_decode(ids)), strict=True):
+        answer = whole_text(theirs.answer(messages, options.max_new_tokens))
         same += answer == ours
         if answer != ours:
             print(f"{messages[-1]['content']}\nhere       {ours!r}\nllama.cpp  {answer!r}\n")
     texts = [*ODD_TEXTS, *(message["content"] for messages in rows for message in messages)]
     alike = sum(theirs.token_ids(text) == tokenizer(text).input_ids for text in texts)
     return same, len(questions), alike, len(texts)
+
+
+def whole_text(answer: str) -> str:
+    """Without what a cut within a character leaves, and without outer spaces, some of which llama.cpp strips itself."""
+    return answer.strip().rstrip("\ufffd").strip()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         same, answers, alike, texts = compare(options)
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_code_of(error) if isinstance(error, OSError) else 2
+        return exit_code_of(error) if isinstance(error, (ValueError, OSError)) else 2
     print(f"{same} of {answers} answers and the tokens of {alike} of {texts} texts are the same")
     return int((same, alike) != (answers, texts))
 

@@ -6,8 +6,10 @@ would compute otherwise is refused, since a wrong file answers almost as well as
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,11 @@ def write_gguf(path: Path, model: Decoder, tokenizer: PreTrainedTokenizerFast, n
             os.fsync(file.fileno())
         writer.close()
         draft.replace(path)
+    except OSError as error:  # numpy's says neither where nor why
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            error.errno or errno.EIO, f"{path} cannot be written ({error}), {free:,} bytes are free"
+        ) from error
     finally:
         writer.close()
         draft.unlink(missing_ok=True)

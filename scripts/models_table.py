@@ -21,7 +21,6 @@ from scripts.ranks import resume_from, run_ranks, train_rank
 from scripts.verify import difference, write_rows
 from scripts.verify_workers import largest, logits_and_gradient, random_document
 from training.checkpoints import CheckpointStore, open_shards
-from training.config import field_types
 from training.metrics import read_records
 
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
@@ -243,8 +242,6 @@ class Trial:
         """Merged weights are the base plus a matrix of low rank, or the base; the loss is that of base and adapters."""
         from safetensors.torch import load_file
 
-        if "lora_rank" not in field_types():
-            return Cell("-")
         run = self.train("lora", lora_rank=LORA_RANK, lora_targets=self.family.lora_targets, learning_rate=0.2)
         base, merged = (load_file(path / "model.safetensors") for path in (self.model, run / "final"))
         changed = [name for name in base if not base[name].equal(merged[name])]

@@ -41,6 +41,7 @@ def distill(config: Config) -> dict[str, Any]:
         choose_tokenizer,
         known_positions,
         load_tokenizer,
+        positions_of_one,
         weights_source,
     )
     from model.distillation import check_teacher, fingerprint, make_distillation_objective
@@ -71,7 +72,7 @@ def distill(config: Config) -> dict[str, Any]:
     student = choose_model(wanted, len(tokenizer), empty=True)
     teacher = load_model(source)
     check_teacher(student, teacher, tokenizer, load_tokenizer(source))
-    known = known_positions(teacher)
+    known = min(known_positions(teacher), positions_of_one(teacher))
     if config.max_seq_len > known:
         raise ValueError(f"--max_seq_len {config.max_seq_len}: the teacher knows {known} positions")
     taught_by = f"teacher {fingerprint(teacher)}"

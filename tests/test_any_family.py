@@ -1,12 +1,16 @@
 """Any causal language model trains: what cannot be packed is computed apart and said so, what is none is refused."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from model.choose import check_positions
 from model.decoder import Decoder
 from model.export import export_model
 from model.foreign import HFCausalLM
@@ -17,8 +21,8 @@ from model.losses import make_sft_objective, sft_objective
 from scripts.evaluate import main as evaluate
 from scripts.models_table import BEGIN, COLUMNS, END, FAMILIES, Cell, Trial, as_table, main, measure, with_table
 from scripts.verify import write_rows
-from tests.test_export import TOKENIZER, foreign
-from tests.tiny_model import FILLER, logits_of, pack, tokens
+from tests.test_export import TOKENIZER
+from tests.tiny_model import FILLER, foreign, logits_of, pack, tokens
 
 APART = {
     "Bloom": ({"n_head": 4, "n_layer": 2}, "one document changes the logits of another"),
@@ -35,25 +39,10 @@ DOCUMENTS = [tokens(12, 1), tokens(2, 2), tokens(30, 3), tokens(9, 4)]
 LENGTHS = [11, 1, 29, 8]
 
 
-def family(directory, name, **changes):
-    """`foreign` without what a configuration does not take."""
-    import transformers
-
-    if changes.pop("head_dim", 8) is None:
-        made = transformers.FalconConfig(
-            vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3, **changes
-        )
-        torch.manual_seed(0)
-        network = transformers.AutoModelForCausalLM.from_config(made)
-        network.save_pretrained(directory)
-        return network
-    return foreign(directory, name, **changes)
-
-
 @pytest.mark.parametrize("name", APART)
 def test_what_cannot_be_packed_is_computed_apart_and_said_so(tmp_path, name, caplog):
     changes, reason = APART[name]
-    network = family(tmp_path / "model", name, **changes)
+    network = foreign(tmp_path / "model", name, **changes)
     with caplog.at_level("WARNING", logger="train"):
         loaded = load_model(tmp_path / "model")
     assert f"{type(network).__name__} cannot be packed: " in caplog.text and reason in caplog.text
@@ -74,7 +63,7 @@ def test_what_cannot_be_packed_is_computed_apart_and_said_so(tmp_path, name, cap
 
 def test_the_supervised_positions_are_those_of_the_batch(tmp_path):
     """The longest document comes first and in another call than the others; the positions have their own order."""
-    family(tmp_path / "model", "Mamba", state_size=4)
+    foreign(tmp_path / "model", "Mamba", state_size=4)
     loaded = load_model(tmp_path / "model").eval()
     everything = logits_of(loaded, pack(DOCUMENTS))
     some = pack(DOCUMENTS, supervise=lambda position: position % 3 == 1)
@@ -83,7 +72,7 @@ def test_the_supervised_positions_are_those_of_the_batch(tmp_path):
 
 
 def test_noise_and_recomputation_work_apart_too(tmp_path):
-    family(tmp_path / "model", "StableLm")
+    foreign(tmp_path / "model", "StableLm")
     loaded, batch = load_model(tmp_path / "model").train(), pack(DOCUMENTS)
     sft_objective(loaded, batch)["ce"].backward()
     plain = [parameter.grad.clone() for parameter in loaded.parameters()]
@@ -129,7 +118,7 @@ def test_what_is_no_causal_language_model_is_refused(tmp_path, name, changes, me
 @pytest.mark.parametrize("name", ["Gemma2", "Mamba", "Falcon"])
 def test_answers_in_a_batch_are_those_one_by_one_and_those_of_transformers(tmp_path, name):
     changes = {"Gemma2": {"sliding_window": 6}, "Mamba": {"state_size": 4}, "Falcon": {"head_dim": None}}[name]
-    network = family(tmp_path / "model", name, **changes)
+    network = foreign(tmp_path / "model", name, **changes)
     loaded = load_model(tmp_path / "model")
     prompts = [tokens(length, length).tolist() for length in (5, 17, 1, 9)]
     wanted = {"max_new_tokens": 10, "eos_token_ids": []}
@@ -156,7 +145,7 @@ def test_a_family_without_a_bound_on_positions_is_evaluated(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", 3)
     flags = ["--data_path", str(rows), "--max_new_tokens", "4", "--cache_dir", str(tmp_path / "cache")]
     assert evaluate([str(tmp_path / "final"), *flags]) == 0
-    assert (tmp_path / "final" / "evaluation.json").is_file() or (tmp_path / "evaluation.json").is_file()
+    assert json.loads((tmp_path / "evaluation.json").read_text())["samples"] == 3
 
 
 # --- the table
@@ -169,11 +158,17 @@ CHEAP = {  # each a part of the columns; the whole table is in the long lane
 }
 
 
+def words_in(cells):
+    """The columns that hold no number."""
+    return {column for column, cell in cells.items() if isinstance(cell.value, str)}
+
+
 @pytest.mark.parametrize("name", CHEAP)
 def test_families_are_trained_as_the_table_says(tmp_path, name):
     cells = measure(name, tmp_path / "work", write_rows(tmp_path / "rows.jsonl", 6), CHEAP[name])
     assert tuple(cells) == CHEAP[name] and not {column: str(cell) for column, cell in cells.items() if cell.fails}
     assert cells["rows"].value == ("side by side" if name == "Mamba" else "packed")
+    assert words_in(cells) == {"rows", "answers"} & cells.keys()
 
 
 @pytest.mark.slow
@@ -181,6 +176,7 @@ def test_families_are_trained_as_the_table_says(tmp_path, name):
 def test_every_cell_of_the_table_holds(tmp_path, name):
     cells = measure(name, tmp_path / "work", write_rows(tmp_path / "rows.jsonl", 12))
     assert list(cells) == list(COLUMNS) and not {column: str(cell) for column, cell in cells.items() if cell.fails}
+    assert words_in(cells) == {"rows", "answers"}
 
 
 def test_a_family_that_leaks_fails_its_cell(tmp_path, monkeypatch):
@@ -207,7 +203,10 @@ def test_the_page_has_a_row_for_every_family():
     page = (Path(__file__).resolve().parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| ")]
     assert [row.split("|")[1].split("(")[0].strip() for row in rows[1:]] == list(FAMILIES)
-    assert all(f" {column} |" in rows[0] for column in COLUMNS) and "**" not in "".join(rows)
+    assert all(f" {column} |" in rows[0] for column in COLUMNS)
+    numbers = rf"( (0|[0-9]e-[0-9]{{2}}) \|){{{len(COLUMNS) - 2}}}"
+    measured = re.compile(rf"\| [^|]+ \| (packed|side by side) \|{numbers} 3/3 \|")
+    assert [row for row in rows[1:] if not measured.fullmatch(row)] == []
 
 
 @pytest.mark.parametrize(
@@ -266,3 +265,30 @@ def test_there_are_never_two_copies_of_the_weights(tmp_path, name):
     loaded, stored = load_model(tmp_path / "model"), network.state_dict()
     assert isinstance(loaded, Decoder if name == "Llama" else HFCausalLM)
     assert all(torch.equal(tensor, stored[key].float()) for key, tensor in loaded.state_dict().items())
+
+
+# --- angles that follow the longest document of a batch
+
+
+@pytest.mark.parametrize(
+    ("family", "known", "rope"),
+    [
+        ("Phi3", 2048, {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+                        "original_max_position_embeddings": 64}),
+        ("Llama", 64, {"rope_type": "dynamic", "factor": 8.0}),
+    ],
+)  # fmt: skip
+def test_a_document_that_would_stretch_its_neighbours_is_refused(tmp_path, family, known, rope):
+    own = rope.get("original_max_position_embeddings")
+    more = {"original_max_position_embeddings": own, "head_dim": None} if own else {}
+    foreign(tmp_path, family, max_position_embeddings=known, rope_parameters={**rope, "rope_theta": 1e4}, **more)
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        alone, fits, too_long = (
+            logits_of(model, pack([*others, tokens(30, 1)]))[-29:] for others in ([], [tokens(65, 2)], [tokens(66, 2)])
+        )
+    torch.testing.assert_close(fits, alone, rtol=0, atol=1e-5)
+    assert (too_long - alone).abs().max() > 0.01, "64 tokens are read of 65, the last of which is only a target"
+    check_positions(model, np.array([30, 65]), 2048)
+    with pytest.raises(ValueError, match="a sample has 65 tokens, .*; give --max_seq_len 64 and say with --overlong"):
+        check_positions(model, np.array([30, 66]), 2048)

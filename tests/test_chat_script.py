@@ -311,7 +311,7 @@ def of_others(request, tmp_path):
     """A directory as transformers saves it, of a family that is built in or not, with a template of another form."""
     from transformers import AutoTokenizer
 
-    from tests.test_export import foreign
+    from tests.tiny_model import foreign
 
     network = foreign(tmp_path / "theirs", request.param, vocab_size=6400, tie_word_embeddings=False)
     tokenizer = AutoTokenizer.from_pretrained(OWN_TOKENIZER)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from model.choose import OWN_TOKENIZER
 from scripts.checkpoints import main
 from tests.small_world import log_of, resume_from, sha256, sign_again, train
-from tests.test_export import foreign
+from tests.tiny_model import foreign
 
 
 @pytest.fixture(scope="module")

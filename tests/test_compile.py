@@ -11,9 +11,8 @@ from model.foreign import HFCausalLM
 from model.isolation import PACKED, check_isolation
 from model.losses import sft_objective
 from tests.small_world import KillAtCall, answers_of, log_of, result_of, train, write_rows
-from tests.test_export import foreign
 from tests.test_lora import adapted, make_base
-from tests.tiny_model import FILLER, pack, tiny, tokens
+from tests.tiny_model import FILLER, foreign, pack, tiny, tokens
 
 # torch warns of what it does itself while it traces, and hides that only where warnings are no errors.
 pytestmark = [
@@ -91,7 +90,7 @@ def test_adapters_are_compiled_with_their_layers(tmp_path):
 
 
 COMPILED = [
-    ("Llama", {}, 2), ("GPTNeoX", {}, 2), ("Gemma3", {"head_dim": 8, "sliding_window": 8}, 2), ("Olmo2", {}, 2),
+    ("Llama", {}, 2), ("GPTNeoX", {}, 2), ("Gemma3Text", {"sliding_window": 8}, 2), ("Olmo2", {}, 2),
     ("Qwen3Moe", EXPERTS, 1),
 ]  # fmt: skip
 
@@ -103,13 +102,7 @@ COMPILED = [
     [*(pytest.param(*each, marks=pytest.mark.slow) for each in COMPILED), ("Bloom", {}, 0)],
 )
 def test_the_parts_of_other_families(tmp_path, family, shape, graphs, checkpointing):
-    import transformers
-
-    common = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    kind = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")
-    torch.manual_seed(0)
-    network = getattr(transformers, f"{family}ForCausalLM")(kind(**common, num_attention_heads=4, **shape))
-    network.save_pretrained(tmp_path)
+    foreign(tmp_path, family, num_hidden_layers=3, **shape)
     model = HFCausalLM.from_pretrained(tmp_path)
     check_isolation(model)
     compare(model, graphs, checkpointing=checkpointing)

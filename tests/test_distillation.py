@@ -25,8 +25,7 @@ from model.loading import load_model
 from model.losses import make_sft_objective
 from scripts.train_distillation import weights_of_terms
 from tests.small_world import TINY, log_of, records_of, result_of, resume_from, run_ranks, train
-from tests.test_export import foreign
-from tests.tiny_model import FILLER, logits_of, pack, tiny, tokens
+from tests.tiny_model import FILLER, foreign, logits_of, pack, tiny, tokens
 from training.weights import parse_loss_weights
 
 DOCUMENTS = [tokens(9, 1), tokens(6, 2), tokens(4, 3)]

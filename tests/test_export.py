@@ -14,7 +14,7 @@ from model.export import export_model
 from model.foreign import HFCausalLM
 from model.loading import load_model
 from model.losses import sft_objective
-from tests.tiny_model import FILLER, logits_of, pack, tiny, tokens
+from tests.tiny_model import FILLER, foreign, logits_of, pack, tiny, tokens
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "model" / "tokenizer"
 FILES = {
@@ -187,22 +187,6 @@ def test_weights_that_do_not_fit_are_all_named(final):
 
 
 # --- any other model of transformers
-
-
-def foreign(directory, family, **changes):
-    """A tiny model of a family of transformers with random weights, saved the way transformers does."""
-    import transformers
-
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-        "initializer_range": 0.3,
-    }  # fmt: skip
-    config = getattr(transformers, f"{family}Config")(**{**shape, **changes})
-    network = transformers.AutoModelForCausalLM.from_config(config)
-    network.save_pretrained(directory)
-    return network
 
 
 FAMILIES = [

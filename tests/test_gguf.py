@@ -12,9 +12,8 @@ from scripts.compare_gguf import main as compare
 from scripts.export import DTYPES, main
 from scripts.gguf_file import PRE_TOKENIZERS, adds_bos, write_gguf
 from tests.small_world import export_learnt
-from tests.test_export import foreign
 from tests.test_families import SHAPES, SHARED, lively
-from tests.tiny_model import logits_of, pack, tokens
+from tests.tiny_model import foreign, logits_of, pack, tokens
 
 VOCABULARY = 6400
 REFUSED = {

@@ -12,8 +12,7 @@ from model.input_embeddings import LanguageModel, twice_differentiable
 from model.loading import load_model
 from model.losses import make_sft_objective, sft_objective, sft_terms
 from tests.small_world import answers_of
-from tests.test_export import foreign
-from tests.tiny_model import FILLER, logits_of, pack, tiny, tokens
+from tests.tiny_model import FILLER, foreign, logits_of, pack, tiny, tokens
 
 DOCUMENTS = [tokens(9, 1), tokens(6, 2), tokens(4, 3)]
 BATCH = pack(DOCUMENTS, supervise=lambda position: position % 3 != 0)

@@ -13,8 +13,8 @@ from model.trust import Trust, UnsafeModelError
 from scripts.chat import main as chat
 from scripts.ranks import run_ranks, train_rank
 from tests.small_world import TINY, log_of, records_of, write_rows
-from tests.test_export import TOKENIZER, foreign
-from tests.tiny_model import logits_of, pack, tokens
+from tests.test_export import TOKENIZER
+from tests.tiny_model import foreign, logits_of, pack, tokens
 from training.config import Config, ConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

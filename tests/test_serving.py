@@ -20,9 +20,8 @@ from model.loading import load_model
 from scripts.chat import main as chat
 from scripts.ranks import free_port
 from tests.small_world import export_learnt
-from tests.test_export import foreign
 from tests.test_families import SHAPES, lively
-from tests.tiny_model import logits_of, pack, tokens
+from tests.tiny_model import foreign, logits_of, pack, tokens
 
 QUESTIONS = ["Spell the word 'river' backwards.", "Count the letters: F I P E N", "再见"]
 

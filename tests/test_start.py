@@ -240,3 +240,22 @@ def test_what_was_measured_after_a_checkpoint_was_saved_still_ranks_it(tmp_path,
     losses = {json.loads(path.read_text())["step"]: json.loads(path.read_text())["metrics"] for path in manifests}
     assert set(losses) == {3, 6, 9} and all(metrics["eval/loss"] > 0 for metrics in losses.values())
     assert checkpoints(["verify", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+
+
+def test_a_model_that_a_run_begins_with_is_not_overwritten_by_it(tmp_path, rows):
+    run, flags = tmp_path / "run", {"data_path": str(rows), "max_steps": 1}
+    assert train(1, run, **flags) == [0]
+    (run / "model-f32.gguf").write_bytes(b"of the old model")
+    before = sha256(run / "final" / "model.safetensors")
+    for source in (run, run / "final"):
+        for name in ("from_weight", "tokenizer"):
+            assert train(1, run, overwrite="1", **flags, **{name: str(source)}) == [2]
+            assert f"--overwrite 1 would delete --{name} {source}" in log_of(run)
+    assert sha256(run / "final" / "model.safetensors") == before
+    assert json.loads((run / "state.json").read_text())["status"] == "completed"
+    assert train(1, run, overwrite="1", **flags, seed=8) == [0] and not (run / "model-f32.gguf").exists()
+
+
+def test_a_model_that_is_not_there_is_missed_before_its_tokenizer(tmp_path, rows):
+    assert train(1, tmp_path / "run", data_path=str(rows), from_weight=str(tmp_path / "nowhere")) == [2]
+    assert f"no model in {tmp_path}/nowhere: there is no such directory" in log_of(tmp_path / "run")

@@ -12,8 +12,8 @@ from model.export import export_model
 from model.parts import whole
 from model.vocabulary import grow, mean_row
 from tests.small_world import TINY, result_of, resume_from, train, write_rows
-from tests.test_export import TOKENIZER, foreign
-from tests.tiny_model import logits_of, pack, tiny, tokens
+from tests.test_export import TOKENIZER
+from tests.tiny_model import foreign, logits_of, pack, tiny, tokens
 
 MODELS = {
     "tied decoder": lambda path: export_model(path, tiny(), TOKENIZER),

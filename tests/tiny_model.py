@@ -1,4 +1,4 @@
-"""Tiny decoders and hand-made batches of packed documents, for the tests of `model/`."""
+"""Tiny decoders, tiny models of transformers and hand-made batches of packed documents, for the tests of `model/`."""
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,24 @@ SHAPE = {
 def tiny(seed: int = 0, **changes) -> Decoder:
     """A decoder whose weights are large enough that attention and positions show in its logits."""
     return build_model(DecoderConfig(**{**SHAPE, "initializer_range": 0.3, **changes}), seed).eval()
+
+
+def foreign(directory, family, **changes):
+    """A tiny model of a family of transformers with random weights, saved the way transformers does.
+
+    A change to None leaves out what the family's configuration does not take.
+    """
+    import transformers
+
+    shape = {
+        **SHAPE, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3,
+        **changes,
+    }  # fmt: skip
+    kept = {name: value for name, value in shape.items() if value is not None}
+    torch.manual_seed(0)
+    network = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**kept))
+    network.save_pretrained(directory)
+    return network
 
 
 def tokens(count: int, seed: int = 0, vocab_size: int = SHAPE["vocab_size"]) -> Tensor:

@@ -20,7 +20,7 @@ JOB = ".job"  # says which job of torchrun has begun to train into the directory
 RUN_FILES = (
     "checkpoints", "final", "best", "report", "wandb", "tensorboard", "config.yaml", "state.json", "metrics.jsonl",
     "alerts.jsonl", "data_report.json", "environment.json", "control.json", "rejects.jsonl", "evaluation.json",
-    "export-step-*", "aside-metrics.jsonl", "aside-alerts.jsonl", JOB,
+    "export-step-*", "model-*.gguf", "aside-metrics.jsonl", "aside-alerts.jsonl", JOB,
 )  # fmt: skip
 
 
@@ -64,6 +64,17 @@ def decide_start(save_dir: Path, from_resume: str, overwrite: bool, begun: bool)
             "or delete it with --overwrite 1"
         )
     return start
+
+
+def refuse_to_clear(save_dir: Path, sources: dict[str, str | None]) -> None:
+    """Raises ValueError where what --overwrite would delete is what the run is made of; `sources`: by their flags."""
+    doomed = {path.resolve() for pattern in RUN_FILES for path in save_dir.glob(pattern)}
+    for name, source in sources.items():
+        place = Path(source or "").resolve()
+        if source and doomed & {place, *place.parents, place / "final"}:  # a run stands for its final/
+            raise ValueError(
+                f"--overwrite 1 would delete --{name} {source}, which the run needs: choose another --save_dir"
+            )
 
 
 def job_name() -> str:

@@ -35,7 +35,7 @@ from model.choose import OWN_TOKENIZER, load_tokenizer
 from model.decoder import DecoderConfig
 from model.export import export_model
 from model.loading import build_model, load_model
-from scripts import chat, evaluate, inspect_data
+from scripts import chat, compare_gguf, evaluate, inspect_data
 from tests.small_world import log_of, sign_again, train, write_rows
 from tests.test_chat import PLAIN, byte_tokenizer, turns
 from train_full_sft import EXIT_CODES
@@ -812,10 +812,11 @@ def test_the_other_programs_refuse_alike(make, world, tmp_path, capsys, asked):
     data = ["--data_path", str(world / "rows.jsonl"), "--cache_dir", str(tmp_path / "cache")]
     assert evaluate.main([str(directory), *data]) == 77
     assert chat.main([str(directory), "--prompt", "Hi"]) == 77
+    assert compare_gguf.main([str(directory), "model.gguf"]) == 77
     if make is hostile_template:
         assert inspect_data.main(["--from_weight", str(directory), *data]) == 77
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2 + (make is hostile_template)
+    assert len(errors) == 3 + (make is hostile_template)
     assert not (tmp_path / "canary").exists() and not asked
 
 
