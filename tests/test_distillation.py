@@ -242,6 +242,8 @@ def test_the_first_difference_between_two_vocabularies_is_named(tmp_path):
         check_teacher(tiny(), tiny(), other, own_tokenizer())
 
     other = own_tokenizer()
+    other.unk_token = "<|endoftext|>"
+    check_teacher(tiny(), tiny(), own_tokenizer(), other)
     other.eos_token = "<|endoftext|>"
     with pytest.raises(ValueError, match=r"eos_token is '<\|endoftext\|>' for the teacher and '<\|im_end\|>' for"):
         check_teacher(tiny(), tiny(), own_tokenizer(), other)
