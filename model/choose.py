@@ -92,8 +92,7 @@ def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False, qu
     """New weights of the wanted shape, or those of a directory or Hub id, which must then agree with the wanted shape.
 
     `empty`: on the meta device, for `fill_model` to fill where it has been sharded. `quiet`: not the model that a run
-    trains, so nothing is said of it. Raises ValueError with every
-    disagreement.
+    trains, so nothing is said of it. Raises ValueError with every disagreement.
     """
     from_weight, shape, dropout = request.from_weight, request.shape, request.dropout
     trust = request.trust_in(from_weight)
@@ -153,7 +152,7 @@ def positions_of_one(model: Any) -> int:
 
     They stretch all positions of a batch by its longest document, packed or side by side.
     """
-    config = getattr(model, "inner", model).config
+    config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     parts = list(rope.values()) if all(isinstance(part, dict) for part in rope.values()) else [rope]
     original = getattr(config, "original_max_position_embeddings", None) or known_positions(model)

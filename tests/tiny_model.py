@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from model.decoder import Decoder, DecoderConfig
 from model.loading import build_model
+from model.losses import sft_objective
 
 SHAPE = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -91,3 +92,12 @@ def slopes_of(model, loss, step):
                 values.append(loss().item())
                 parameter.sub_(direction, alpha=sign * step)
         yield name, (parameter.grad * direction).sum().item(), (values[0] - values[1]) / (2 * step)
+
+
+def check_recomputed(model, batch, plain):
+    """With gradient checkpointing the gradients are those that there were without it."""
+    model.zero_grad()
+    model.enable_gradient_checkpointing()
+    sft_objective(model, batch)["ce"].backward()
+    for gradient, parameter in zip(plain, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-5)
