@@ -1,73 +1,77 @@
 """Conversations to token ids and their loss mask, through the tokenizer's own chat template.
 
 The mask is right by construction. The template renders the messages up to each assistant turn, and what it adds from
-the generation prompt to the end-of-turn token is what the model will have to write: exactly that is supervised. No
-marker is searched for in the user's text: what spells a control token there is hidden from the template behind private
-characters and encoded as plain text afterwards. Prompt and answer are encoded apart, as generation would meet them.
+the header of the answer to what closes the turn is what the model will have to write: exactly that is supervised. No
+marker is searched for in anybody's text; where header and end are, the template has shown (dataset/traits.py).
 """
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dataset.control_tokens import ControlTokens, RenderedChat, Sample, refuse_escaped
 from dataset.files import RowError
 from dataset.reader import Conversation, Message, UnsafeDataError
-from dataset.template import ChatTemplate, Rendering, Tools, limits
+from dataset.template import ChatTemplate, Prefix, Rendering, Request, Tools
+from dataset.traits import Traits, find_traits
+from dataset.vanished import missing_from
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TRAIN_ON = ("assistant", "last", "marked", "all")
-PRIVATE_USE = range(0xF0000, 0x10FFFE)  # planes 15 and 16: they mean nothing, so a template has no opinion on them
-
-
-@dataclass(frozen=True)
-class RenderedChat:
-    """A conversation as text, cut into (text, supervised) stretches; `spelled` maps stand-ins to what they hide."""
-
-    stretches: list[tuple[str, bool]]
-    spelled: dict[str, str]
-    alone: bool = False  # one turn of several, because the template rewrites earlier ones
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A conversation as tokens, up to its last supervised one, and the control tokens that its text spells."""
-
-    ids: np.ndarray  # int64 (L,)
-    supervised: np.ndarray  # bool (L,)
-    spelled: tuple[str, ...] = ()
-    alone: bool = False  # as in RenderedChat
+VANISHED = ("error", "warn")  # what becomes of a row of which the template leaves out what would be trained
+MESSAGES_RENDERED = 500_000  # for one row, by a template that has to be run anew for each turn
 
 
 class ChatRenderer:
     """Renders and encodes conversations for one tokenizer; raises ValueError for a tokenizer that cannot serve."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, train_on: str = "assistant"):
-        """`train_on`: assistant turns, the last of them, those marked by `train` or `weight`, or all tokens."""
-        for needed in ("chat_template", "eos_token"):
-            if getattr(tokenizer, needed) is None:
-                raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no {needed}")
-        self._tokenizer, self._train_on, self._template = tokenizer, train_on, ChatTemplate(tokenizer)
-        self._learn_control_tokens()
-        self._check_pieces()
-        self.end_of_turn = self._find_end_of_turn()
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, train_on: str = "assistant", *, text_tokens: Sequence[str] = (),
+        vanished: str = "error", template_date: str | None = None,
+    ):  # fmt: skip
+        """`train_on`: assistant turns, the last of them, those marked by `train` or `weight`, or all tokens.
+
+        `text_tokens`: control tokens that are tokens also where data spell them. `template_date`: today, for templates
+        that write it.
+        """
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no eos_token")
+        self._tokenizer, self._train_on, self._vanished = tokenizer, train_on, vanished
+        self._tokens = ControlTokens(tokenizer, text_tokens)
+        self._template = ChatTemplate(tokenizer, template_date)
+        self._known_traits: dict[str, Traits] = {}
+        if tokenizer.chat_template is not None:
+            self._refuse_useless_template()
+            reserved = sorted(set(text_tokens) & self._traits(None, {}).structural)
+            if reserved:
+                raise ValueError(
+                    f"text_tokens={','.join(reserved)}: the chat template marks roles or the ends of turns by it, and text "
+                    "must not"
+                )
 
     @property
     def end_ids(self) -> set[int]:
         """The tokens that an answer can end with."""
-        return {self._tokenizer.eos_token_id, self._tokenizer.convert_tokens_to_ids(self.end_of_turn)}
+        traits = self._traits(None, {})
+        ends = [ending.token for ending in (traits.answer, traits.call) if ending]
+        numbers = self._tokens.numbers
+        return {self._tokenizer.eos_token_id, *(numbers[end] for end in ends if end in numbers)}
+
+    @property
+    def end_of_turn(self) -> str:
+        """The control token that closes an answer; where text does, the one that ends all."""
+        ending = self._traits(None, {}).answer
+        return ending.token if ending and ending.token in self._tokens.numbers else str(self._tokenizer.eos_token)
 
     def render(self, messages: list[Message], tools: Tools = None) -> Sample:
         """Renders one conversation as one sample; raises RowError when there is no right mask for it."""
         conversation = Conversation(0, messages, tools)
-        with limits():
-            chat = self._render_turns(conversation, self._trained_turns(conversation))
-        (sample,) = self._encode([chat])
+        chat = self._render_turns(conversation, self._trained_turns(conversation))
+        (sample,) = self._tokens.encode([chat])
         if isinstance(sample, RowError):
             raise sample
         return sample
@@ -77,13 +81,12 @@ class ChatRenderer:
         chats: list[list[RenderedChat] | RowError] = []
         for conversation in conversations:
             try:
-                with limits():
-                    chats.append(self._render_text(conversation))
+                chats.append(self._render_text(conversation))
             except RowError as error:
                 chats.append(error)
             except UnsafeDataError as error:  # ends all: the next row would take as long
                 raise UnsafeDataError(f"line {conversation.line}: {error}") from None
-        encoded = self._encode([chat for rendered in chats if isinstance(rendered, list) for chat in rendered])
+        encoded = self._tokens.encode([chat for rendered in chats if isinstance(rendered, list) for chat in rendered])
         results: list[list[Sample] | RowError] = []
         for rendered in chats:
             if isinstance(rendered, list):
@@ -94,11 +97,53 @@ class ChatRenderer:
                 results.append(rendered)
         return results
 
+    def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
+        """Returns the ids after which the model writes its next message, as training has them before that answer.
+
+        Where the template renders earlier answers otherwise than they were written, the text is encoded in one piece.
+        """
+        traits = self._traits(tools, {})
+        messages, tools, spelled = self._hide(messages, tools, traits)
+        rendering = self._template.rendering(messages, Request(tools, {}, traits.form), generation_prompt=True)
+        whole = rendering.text
+        try:
+            turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+            stretches = self._cut(rendering, traits, (), turns)
+        except RowError:
+            stretches = []
+        refuse_escaped(whole, spelled)
+        done = sum(len(text) for text, _ in stretches)
+        (sample,) = self._tokens.encode([RenderedChat([*stretches, (whole[done:], False)], spelled)])
+        if isinstance(sample, RowError):
+            raise sample
+        ids: list[int] = sample.ids.tolist()
+        return ids
+
+    def _refuse_useless_template(self) -> None:
+        """Raises ValueError where neither with tools nor without a question and its answer can be rendered."""
+        problem = self._traits(None, {}).problem
+        if problem and self._traits([{}], {}).problem:
+            raise ValueError(f"a plain question and answer cannot be rendered: {problem}")
+
+    def _traits(self, tools: Tools, variables: dict[str, Any]) -> Traits:
+        if self._tokenizer.chat_template is None:
+            raise ValueError(f"the tokenizer {self._tokenizer.name_or_path!r} has no chat_template")
+        key = json.dumps([bool(tools), variables], sort_keys=True)
+        if key not in self._known_traits:
+            found = find_traits(self._template, bool(tools), variables, self._tokens.pattern)
+            self._known_traits[key] = found
+        return self._known_traits[key]
+
+    def _hide(self, messages: list[Message], tools: Tools, traits: Traits) -> tuple[Any, Any, dict[str, str]]:
+        allowed = self._tokens.in_text - traits.structural
+        return self._tokens.hide(messages, tools, traits.own | allowed, allowed)
+
     def _render_text(self, conversation: Conversation) -> list[RenderedChat]:
         """One sample; or one for each turn to train, where the template rewrites what it has rendered before."""
         if conversation.text is not None:
-            hidden, _, spelled = self._hide_spelled([conversation.text], None)
-            return [RenderedChat([(hidden[0], True), (str(self._tokenizer.eos_token), True)], spelled)]
+            (hidden,), _, spelled = self._tokens.hide([conversation.text], None, frozenset(), self._tokens.in_text)
+            ends = [(hidden, True), (str(self._tokenizer.eos_token), True)]
+            return [RenderedChat(ends, spelled, notes=conversation.notes, begins_text=True)]
         trained = self._trained_turns(conversation)
         try:
             return [self._render_turns(conversation, trained)]
@@ -125,186 +170,145 @@ class ChatRenderer:
 
         With `cuts`, nowhere but at those turns, so that a template may render the others as it likes.
         """
-        messages, tools, spelled = self._hide_spelled(conversation.messages, conversation.tools)
+        traits = self._traits(conversation.tools, conversation.variables)
+        messages, tools, spelled = self._hide(conversation.messages, conversation.tools, traits)
         if self._train_on != "all":
             messages = messages[: trained[-1] + 1]
-        rendering = self._template.rendering(messages, tools)
-        stretches = self._cut(messages, rendering, trained, cuts)
+        request = Request(tools, conversation.variables, traits.form)
+        try:
+            rendering = self._template.rendering(messages, request)
+        except RowError as error:
+            if messages[0]["role"] != "system" or "system message" in traits.writes:
+                raise
+            hint = "--system_as user puts the system message before the first question"
+            raise RowError(error.code, f"{error}; {hint}") from error
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if cuts is None and rendering.is_costly and 2 * len(turns) * len(messages) > MESSAGES_RENDERED:
+            raise RowError(
+                "LONG_DIALOGUE",
+                f"the chat template looks ahead, so each of {len(turns)} turns takes a rendering of its own; split the "
+                f"dialogue, or --train_on last (at most {MESSAGES_RENDERED:,} messages are rendered for a row)",
+            )
+        stretches = self._cut(rendering, traits, trained, turns if cuts is None else cuts)
         if self._train_on == "all":  # what lies between the turns and after them too
             rest = rendering.text[sum(len(text) for text, _ in stretches) :]
             stretches = [(text, flag or at % 2 == 0) for at, (text, flag) in enumerate([*stretches, (rest, False)])]
-        self._refuse_escaped(rendering.text, spelled)
-        return RenderedChat(stretches, spelled, alone=bool(cuts))
-
-    def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
-        """Returns the ids after which the model writes its next message, as training has them before that answer.
-
-        Where the template renders earlier answers otherwise than they were written, the text is encoded in one piece.
-        """
-        messages, tools, spelled = self._hide_spelled(messages, tools)
-        with limits():
-            rendering = self._template.rendering(messages, tools, generation_prompt=True)
-            whole = rendering.text
-            try:
-                stretches = self._cut(messages, rendering, ())
-            except RowError:
-                stretches = []
-        self._refuse_escaped(whole, spelled)
-        done = sum(len(text) for text, _ in stretches)
-        (sample,) = self._encode([RenderedChat([*stretches, (whole[done:], False)], spelled)])
-        if isinstance(sample, RowError):
-            raise sample
-        return sample.ids.tolist()
+        refuse_escaped(rendering.text, spelled)
+        notes = self._notes_on_missing(rendering, request, traits, trained, conversation, stretches)
+        return RenderedChat(stretches, spelled, alone=bool(cuts), notes=(*conversation.notes, *notes))
 
     def _cut(
-        self,
-        messages: list[Message],
-        rendering: Rendering,
-        trained: Collection[int],
-        cuts: Sequence[int] | None = None,
+        self, rendering: Rendering, traits: Traits, trained: Sequence[int], cuts: Sequence[int]
     ) -> list[tuple[str, bool]]:
-        """Cuts the rendered messages at their assistant turns, or at `cuts`, and ends with the last cut.
+        """Cuts the rendered messages at these assistant turns, and ends with the last of them.
 
-        What a turn adds, from the generation prompt to the last end-of-turn token, is supervised, or what the template
-        itself marks by `{% generation %}`. What lies between is every second stretch, beginning with the first.
+        What a turn adds, from the header to the end of what closes it, is supervised, or what the template itself marks
+        by `{% generation %}`. What lies between is every second stretch, beginning with the first.
         """
-        whole, stretches, done = rendering.text, [], 0
-        if cuts is None:
-            cuts = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        whole, done = rendering.text, 0
+        stretches: list[tuple[str, bool]] = []
         for turn in cuts:
-            start = rendering.prefix_length(turn, generation_prompt=True)
-            # Rendered as the last one, each turn must read as it does with the others after it, or it is another text
-            # that the model would have to write; and a turn that the template leaves open must not reach into the next.
-            last = turn == len(messages) - 1
-            bound = len(whole) if last else rendering.prefix_length(turn + 1)
-            spans = [span for span in rendering.marked if done <= span[0] < bound]
-            if not rendering.marked:
-                end = whole.rfind(self.end_of_turn, start, bound)
-                if end < 0:
-                    said = f"the template does not end message {turn} with {self.end_of_turn!r}"
-                    raise RowError("NO_END_OF_TURN", said)
-                spans = [(start, end + len(self.end_of_turn))]
-            for start, end in spans:
-                stretches += [(whole[done:start], False), (whole[start:end], turn in trained)]
+            if rendering.marked:
+                spans = [(start, end, "") for start, end in self._marked(rendering, turn) if start >= done]
+            else:
+                start = self._start_of(rendering, traits, turn)
+                end, missing = self._end_of(rendering, traits, turn, start)
+                spans = [(start, end, missing)]
+            for start, end, missing in spans:
+                stretches += [(whole[done:start], False), (whole[start:end] + missing, turn in trained)]
                 done = end
         return stretches
 
-    def _refuse_escaped(self, whole: str, spelled: dict[str, str]) -> None:
-        for stand_in, token in spelled.items():
-            if any(escaped in whole for escaped in (json.dumps(stand_in)[1:-1], repr(stand_in)[1:-1])):
-                raise RowError("SPECIAL_TEXT", f"the template escapes characters next to {token!r} in the text")
+    def _marked(self, rendering: Rendering, turn: int) -> list[tuple[int, int]]:
+        """What the template marks of a turn: spans that are not yet there in the messages before it."""
+        before, through = rendering.prefix(turn), rendering.through(turn)
+        if not through.is_in_whole(len(through)):
+            raise _unstable(through, turn + 1)
+        spans: list[tuple[int, int]] = []
+        for start, end in rendering.marked:
+            if not (before.shared < end <= len(through) and start < end):
+                continue
+            if spans and spans[-1][1] == start:
+                start = spans.pop()[0]
+            spans.append((start, end))
+        if not spans:
+            raise RowError("NO_SUPERVISED", f"the chat template marks nothing of message {turn} as the assistant's")
+        return spans
 
-    def _learn_control_tokens(self) -> None:
-        """Collects what must never come out of a message's text: special tokens and those that the template writes.
+    def _start_of(self, rendering: Rendering, traits: Traits, turn: int) -> int:
+        """Where the answer begins: after the prompt for it, without what that already holds of an answer."""
+        prompt = rendering.prefix(turn, generation_prompt=True)
+        for opening in (*filter(None, [traits.thinking]), "", *traits.openings):
+            start = len(prompt) - len(opening)
+            if prompt.part(start, len(prompt)) == opening and prompt.is_in_whole(start):
+                return start
+        place = f"the prompt for message {turn}, and the message with what comes before it,"
+        raise _parted(f"{place} are rendered differently", prompt, "in the prompt", "before the message")
 
-        Other added tokens (runs of spaces, HTML tags) are ordinary vocabulary and stay as the tokenizer has them.
+    def _end_of(self, rendering: Rendering, traits: Traits, turn: int, start: int) -> tuple[int, str]:
+        """Where the turn ends, and what closes it besides where the template leaves the last turn open.
+
+        Rendered as the last one, a turn must read as it does with the others after it, or it is another text that the
+        model would have to write.
         """
-        template = json.dumps(self._tokenizer.chat_template, ensure_ascii=False)
-        added = self._tokenizer.added_tokens_decoder
-        controls = {
-            number: token
-            for number, token in sorted(added.items(), key=lambda item: -len(item[1].content))  # the longest match wins
-            if token.content.strip() and (token.special or token.content in template)
-        }
-        self._numbers = {token.content: number for number, token in controls.items()}
-        self._control = re.compile("|".join(re.escape(token.content) for token in controls.values()))
-        self._control_and_space = re.compile(
-            "|".join(r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in controls.values())
+        ending, through = traits.ending(rendering.messages[turn]), rendering.through(turn)
+        last = turn == len(rendering.messages) - 1
+        if ending is not None:
+            end = len(through) - len(ending.rest)
+            closed = through.part(end - len(ending.token), end) + ending.missing
+            if end >= start and through.part(end, len(through)) == ending.rest and closed.endswith(ending.token):
+                if not through.is_in_whole(end) or not (last or rendering.text.startswith(ending.missing, end)):
+                    raise _unstable(through, turn + 1)
+                return (end, ending.missing) if last else (end + len(ending.missing), "")
+        found = through.part(len(through) - 40, len(through))
+        wanted = f"with {ending.token!r}, as other turns do" if ending else "in a way that shows its end"
+        raise RowError(
+            "NO_END_OF_TURN",
+            f"the template does not end message {turn} {wanted}: {found!r}; --chat_template names another template",
         )
-        self._is_control = np.zeros(max(self._tokenizer.get_vocab().values()) + 1, dtype=np.bool_)
-        self._is_control[list(controls)] = True
-        if self._tokenizer.unk_token_id is not None:
-            self._is_control[self._tokenizer.unk_token_id] = False  # any text may hold what a vocabulary lacks
 
-        backend = json.loads(self._tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-        self._ordinary = Tokenizer.from_str(json.dumps(backend))
-        for token in backend["added_tokens"]:
-            token["special"] = token["id"] in controls
-        self._literal = Tokenizer.from_str(json.dumps(backend))
-        self._literal.encode_special_tokens = True  # the same tokenizer, blind to control tokens
+    def _notes_on_missing(
+        self, rendering: Rendering, request: Request, traits: Traits, trained: Sequence[int],
+        conversation: Conversation, stretches: list[tuple[str, bool]],
+    ) -> list[str]:  # fmt: skip
+        """What the rendering leaves out of the row; raises RowError where that would have been trained."""
+        elsewhere = set(self._trained_turns(conversation)) - set(trained)  # turns with samples of their own
+        said = "".join(text for text, supervised in stretches if supervised)
+        notes = [
+            f"the chat template does not read {name!r} of chat_template_kwargs"
+            for name in self._template.unread(request.variables, request.tools)
+        ]
+        missing = missing_from(
+            rendering.messages, request.tools, traits, rendering.text, {turn: said for turn in trained},
+            lambda messages: self._template.render(messages, request),
+        )  # fmt: skip
+        for turn, kind, is_all in missing:
+            if turn in trained and (is_all or self._vanished == "error"):
+                way = "" if is_all else "--vanished warn trains the rest, "
+                raise RowError(
+                    "VANISHED",
+                    f"the chat template writes nothing of the {kind} of message {turn}, which would be trained; {way}"
+                    "--chat_template names another template",
+                )
+            if turn not in elsewhere:
+                notes.append(f"the chat template writes nothing of the {kind}")
+        return notes
 
-    def _check_pieces(self) -> None:
-        """Refuses tokenizers that put a space in front of every piece: stretches could not be encoded apart."""
-        text = "a b"
-        decoded = self._ordinary.decode(2 * self._ordinary.encode(text, add_special_tokens=False).ids)
-        if decoded.lower() != 2 * text:
-            raise ValueError(
-                f"the tokenizer {self._tokenizer.name_or_path!r} reads {text!r} twice as {decoded!r}: it changes "
-                "the start of a piece, so prompts and answers cannot be encoded apart"
-            )
 
-    def _find_end_of_turn(self) -> str:
-        """Returns the end-of-sequence token, or what the template ends a turn with if that is another control token."""
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            with limits():
-                header = self._template.render(probe[:1], generation_prompt=True)
-                turn = self._template.render(probe)[len(header) :]
-        except RowError as error:
-            raise ValueError(f"a plain question and answer cannot be rendered: {error}") from error
-        written, eos = self._control.findall(turn), str(self._tokenizer.eos_token)
-        return eos if eos in written or not written else str(written[0])
+def _unstable(prefix: Prefix, count: int) -> RowError:
+    said = f"the chat template renders the first {count} messages differently when more follow"
+    return _parted(said, prefix, "alone", "with the rest")
 
-    def _hide_spelled(self, messages: list[Message], tools: Tools) -> tuple[Any, Any, dict[str, str]]:
-        """Replaces each control token that the row's text spells by one private character that the row does not use."""
-        strings = list(_strings([messages, tools]))
-        found = {match for text in strings for match in self._control.findall(text)}
-        if not found:
-            return messages, tools, {}
-        used = {character for text in strings for character in text}
-        free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-        stand_ins = dict(zip(sorted(found), free, strict=False))
 
-        def hide(value: Any) -> Any:
-            if isinstance(value, str):
-                return self._control.sub(lambda match: stand_ins[match[0]], value)
-            if isinstance(value, dict):
-                return {hide(key): hide(item) for key, item in value.items()}
-            return [hide(item) for item in value] if isinstance(value, list) else value
-
-        return hide(messages), hide(tools), {stand_in: token for token, stand_in in stand_ins.items()}
-
-    def _encode(self, chats: Sequence[RenderedChat]) -> Iterator[Sample | RowError]:
-        """Yields the sample of each chat; ids and mask grow together, stretch by stretch."""
-        cut = [[list(self._pieces(text, chat.spelled)) for text, _ in chat.stretches] for chat in chats]
-        pieces = [piece for chat in cut for stretch in chat for piece in stretch]
-        encoded: dict[Tokenizer, Iterator[Any]] = {
-            tokenizer: iter(
-                tokenizer.encode_batch_fast([text for text, by in pieces if by is tokenizer], add_special_tokens=False)
-            )
-            for tokenizer in (self._ordinary, self._literal)
-        }
-        for chat, stretches in zip(chats, cut, strict=True):
-            ids: list[int] = []
-            mask: list[bool] = []
-            for (_, supervised), stretch in zip(chat.stretches, stretches, strict=True):
-                for text, by in stretch:
-                    ids += [self._numbers[text]] if by is None else next(encoded[by]).ids
-                mask += [supervised] * (len(ids) - len(mask))
-            sample = Sample(np.array(ids), np.array(mask), tuple(sorted(chat.spelled.values())), chat.alone)
-            written = [self._numbers[token] for text, _ in chat.stretches for token in self._control.findall(text)]
-            if not np.array_equal(self._controls_among(sample.ids), self._controls_among(np.array(written, dtype=int))):
-                yield RowError("SPECIAL_TEXT", "this tokenizer cannot keep text apart from the control token it spells")
-            else:
-                yield sample
-
-    def _controls_among(self, ids: np.ndarray) -> np.ndarray:
-        return ids[self._is_control[ids]]
-
-    def _pieces(self, text: str, spelled: dict[str, str]) -> Iterator[tuple[str, Tokenizer | None]]:
-        """Cuts a stretch into pieces and says which tokenizer encodes each; None marks the template's control tokens.
-
-        A row that spells no control token is one piece, encoded as the tokenizer would anywhere else.
-        """
-        if not spelled:
-            yield text, self._ordinary
-            return
-        restore, done = str.maketrans(dict(spelled)), 0
-        for match in self._control_and_space.finditer(text):
-            yield text[done : match.start()].translate(restore), self._literal
-            yield self._control.findall(match[0])[0], None
-            done = match.end()
-        yield text[done:].translate(restore), self._literal
+def _parted(said: str, prefix: Prefix, here: str, there: str) -> RowError:
+    at = (
+        next((at for at in range(len(prefix.tail)) if not prefix.is_in_whole(prefix.shared + at + 1)), 0)
+        + prefix.shared
+    )
+    alone, whole = prefix.part(at, at + 40), prefix.whole[at : at + 40]
+    return RowError(
+        "UNSTABLE_TEMPLATE", f"{said}; the first difference is at character {at}: {alone!r} {here}, {whole!r} {there}"
+    )
 
 
 def show(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -325,15 +329,3 @@ def texts_of(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedToken
     for run, mask in zip(np.split(ids, cuts), np.split(supervised, cuts), strict=True):
         text: Any = tokenizer.decode(run.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         yield text, bool(mask[0])
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)

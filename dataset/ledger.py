@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.chat import Sample
+from dataset.control_tokens import Sample
 from dataset.reader import Defect
 from dataset.rows import PackedRows
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset import store
 from dataset.augment import SystemPrompts
-from dataset.chat import TRAIN_ON, ChatRenderer, Sample
+from dataset.chat import TRAIN_ON, ChatRenderer
+from dataset.control_tokens import Sample
 from dataset.files import OF_THE_FILE, RowError, read_raw_rows
 from dataset.layouts import LAYOUTS, Fields
 from dataset.ledger import Ledger, spoken

@@ -72,6 +72,8 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
     wishes: dict[int, bool] = field(default_factory=dict)
+    variables: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def detect_layout(path: Path, fields: Fields, named: str = "auto") -> str:

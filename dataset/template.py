@@ -9,56 +9,114 @@ what it would have written without that message and those after it, so one rende
 """
 
 import contextlib
-import os
+import json
 import re
-import resource
-import signal
-import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache
-from types import FrameType
 from typing import Any, NoReturn
 
-from jinja2 import Environment, nodes
+from jinja2 import Environment, meta, nodes
 from jinja2.exceptions import SecurityError
+from jinja2.sandbox import modifies_known_mutable
 from transformers import PreTrainedTokenizerFast
+
+# Two private functions: public ones copy every message. The version of transformers is pinned, and a test compares.
 from transformers.utils.chat_template_utils import _alias_reasoning_fields, _compile_jinja_template
 
 from dataset.files import RowError
 from dataset.reader import Message, UnsafeDataError
+from dataset.sandbox import limits
 
-SECONDS = 5.0  # of computing that the templates of one conversation may take together
-MEMORY = 1 << 30  # bytes that they may add to what the process has
 BACKWARD = {"index", "index0", "first", "depth", "depth0", "previtem"}  # what `loop` knows without looking ahead
+PROBE: list[Message] = [{"role": "user", "content": "Quokka"}, {"role": "assistant", "content": "Wombat"}]
 
 Tools = list[dict[str, Any]] | None
 
 
-class ChatTemplate:
-    """The chat template of a tokenizer, in a sandbox."""
+@dataclass(frozen=True)
+class Form:
+    """How a template wants its messages. The first of each is OpenAI's form, which the reader gives."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    content: str = "text"  # or "parts": [{"type": "text", "text": ...}]
+    arguments: str = "object"  # or "text": their JSON
+    silence: str = "empty"  # of a message that only calls tools; or "null", or "absent"
+
+    def of(self, messages: list[Message]) -> list[Message]:
+        """The messages in this form."""
+        return messages if self == Form() else [self._message(message) for message in messages]
+
+    def _message(self, message: Message) -> Message:
+        message = dict(message)
+        if calls := message.get("tool_calls"):
+            if self.arguments == "text":
+                message["tool_calls"] = [
+                    {**call, "function": {**call["function"], "arguments": _json(call["function"]["arguments"])}}
+                    for call in calls
+                ]
+            if self.silence != "empty" and not message["content"]:
+                message["content"] = None
+                if self.silence == "absent":
+                    del message["content"]
+        if self.content == "parts" and message.get("content") is not None:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        return message
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a conversation hands to the template besides its messages."""
+
+    tools: Tools = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    form: Form = Form()
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, in a sandbox. `date` (YYYY-MM-DD) is what it takes for today."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, date: str | None = None):
         self._tokenizer, self._variables = tokenizer, dict(tokenizer.special_tokens_map)
+        if date is not None:
+            self._variables["strftime_now"] = datetime.fromisoformat(date).strftime
         self._closings: dict[str, dict[bool, str]] = {}
 
-    def render(self, messages: list[Message], tools: Tools = None, generation_prompt: bool = False) -> str:
-        """The text of the messages, and the header of an answer after it; RowError when the template fails."""
-        return self._run(messages, tools, generation_prompt)[0]
+    def source(self, tools: Tools) -> str:
+        """The template that transformers would take, of several with names too; RowError where there is none."""
+        try:
+            source = self._tokenizer.get_chat_template(None, tools)
+        except ValueError as error:
+            raise RowError("TEMPLATE", f"no chat template fits: {' '.join(str(error).split())}") from error
+        assert isinstance(source, str)
+        return source
 
-    def rendering(self, messages: list[Message], tools: Tools, generation_prompt: bool = False) -> "Rendering":
+    def render(self, messages: list[Message], request: Request = Request(), generation_prompt: bool = False) -> str:
+        """The text of the messages, and the header of an answer after it; RowError when the template fails."""
+        return self._run(messages, request, generation_prompt)[0]
+
+    def rendering(self, messages: list[Message], request: Request, generation_prompt: bool = False) -> "Rendering":
         """As `render`, with the places in the text where its first messages end."""
-        text, ends, marked = self._run(messages, tools, generation_prompt)
-        source = self._tokenizer.get_chat_template(None, tools)
+        text, ends, marked = self._run(messages, request, generation_prompt)
+        source = self.source(request.tools)
+        key = _json([source, request.variables])
         if not looks_only_back(source) or len(ends) != len(messages) + 1:
             ends = []
-        elif source not in self._closings:
-            probe: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            runs = {prompt: self._run(probe, tools, prompt) for prompt in (False, True)}
-            self._closings[source] = {prompt: written[last[-1] :] for prompt, (written, last, _) in runs.items()}
-        return Rendering(self, messages, tools, text, ends, self._closings.get(source, {}), marked)
+        elif key not in self._closings:
+            runs = {prompt: self._run(PROBE, request, prompt) for prompt in (False, True)}
+            self._closings[key] = {prompt: written[last[-1] :] for prompt, (written, last, _) in runs.items()}
+        return Rendering(self, messages, request, text, ends, self._closings.get(key, {}), marked)
+
+    def unread(self, variables: dict[str, Any], tools: Tools) -> list[str]:
+        """The variables that the template does not know."""
+        return sorted(variables.keys() - _names_read(self.source(tools)))
 
     def _run(
-        self, messages: list[Message], tools: Tools, generation_prompt: bool
+        self, messages: list[Message], request: Request, generation_prompt: bool
     ) -> tuple[str, list[int], list[tuple[int, int]]]:
         """The text, how much of it was written when each message (and their end) was asked for, and what is marked."""
         pieces: list[str] = []
@@ -70,17 +128,21 @@ class ChatTemplate:
             ends.append(written)
 
         try:
-            source = self._tokenizer.get_chat_template(None, tools)
+            source = self.source(request.tools)
             template = _compile_jinja_template(source)
             tracked = has_marks(source)
             template.environment.unsafe_undefined = _refuse_access  # jinja's own writes nothing and goes on
-            with template.environment.activate_tracker(pieces, marked) if tracked else contextlib.nullcontext():
-                for piece in template.generate(
-                    messages=WatchedList(_alias_reasoning_fields(messages), note_length), tools=tools, documents=None,
-                    add_generation_prompt=generation_prompt, **self._variables,
-                ):  # fmt: skip
+            tracker = template.environment.activate_tracker(pieces, marked) if tracked else contextlib.nullcontext()
+            with limits(), tracker:
+                for piece in template.generate({
+                    **request.variables, **self._variables, "tools": request.tools, "documents": None,
+                    "messages": WatchedList(_alias_reasoning_fields(request.form.of(messages)), note_length),
+                    "add_generation_prompt": generation_prompt,
+                }):  # fmt: skip
                     pieces.append(piece)
                     written += len(piece)
+        except (RowError, UnsafeDataError):
+            raise
         except Exception as error:  # a template is a program of its own and may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             if isinstance(error, (SecurityError, MemoryError, OverflowError, RecursionError)):
@@ -103,46 +165,87 @@ class WatchedList(list):  # type: ignore[type-arg]
         self._asked()
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """The first messages of a conversation rendered alone: the text of all, up to `shared`, and then `tail`."""
+
+    whole: str
+    shared: int
+    tail: str
+
+    def __len__(self) -> int:
+        return self.shared + len(self.tail)
+
+    def part(self, start: int, end: int) -> str:
+        """What stands between two places of this text."""
+        start, shared = max(0, start), self.shared
+        return self.whole[start : min(end, shared)] + self.tail[max(0, start - shared) : max(0, end - shared)]
+
+    def is_in_whole(self, end: int) -> bool:
+        """Whether the text of all messages begins with the first `end` characters of this."""
+        return end <= self.shared or self.whole.startswith(self.tail[: end - self.shared], self.shared)
+
+
 class Rendering:
-    """The text of a conversation, which knows where its first messages end."""
+    """The text of a conversation, which knows how its first messages read alone."""
 
     def __init__(
-        self, template: ChatTemplate, messages: list[Message], tools: Tools, text: str, ends: list[int],
+        self, template: ChatTemplate, messages: list[Message], request: Request, text: str, ends: list[int],
         closings: dict[bool, str], marked: list[tuple[int, int]],
     ):  # fmt: skip
         """`ends[n]` is the length of the first n messages, without what the template writes after the last one.
 
         `marked` holds the (start, end) of what stands between `{% generation %}` tags.
         """
-        self._template, self._messages, self._tools, self.text = template, messages, tools, text
+        self._template, self.messages, self._request, self.text = template, messages, request, text
         self._ends, self._closings, self.marked = ends, closings, marked
 
-    def prefix_length(self, count: int, generation_prompt: bool = False) -> int:
-        """Length of the first `count` messages rendered alone.
+    @property
+    def is_costly(self) -> bool:
+        """Whether each prefix takes a rendering of its own."""
+        return not self._ends
 
-        Raises RowError where the text of all of them does not begin with that.
-        """
+    def prefix(self, count: int, generation_prompt: bool = False) -> Prefix:
+        """The first `count` messages rendered alone."""
         if self._ends and count:
-            closing = self._closings[generation_prompt]
-            if self.text.startswith(closing, self._ends[count]):
-                return self._ends[count] + len(closing)
-        alone = self._template.render(self._messages[:count], self._tools, generation_prompt)
-        if not self.text.startswith(alone):
-            pairs = enumerate(zip(alone, self.text, strict=False))
-            at = next((at for at, pair in pairs if pair[0] != pair[1]), len(self.text))
-            raise RowError(
-                "UNSTABLE_TEMPLATE",
-                f"the chat template renders the first {count} messages differently when more follow; the first "
-                f"difference is at character {at}: {alone[at : at + 40]!r} alone, {self.text[at : at + 40]!r} with the "
-                "rest",
-            )
-        return len(alone)
+            return Prefix(self.text, self._ends[count], self._closings[generation_prompt])
+        alone = self._template.render(self.messages[:count], self._request, generation_prompt) if count else ""
+        shared = common_prefix(alone, self.text)
+        return Prefix(self.text, shared, alone[shared:])
+
+    def through(self, turn: int) -> Prefix:
+        """The messages to this one, which ends the text if it is the last of all."""
+        last = turn == len(self.messages) - 1
+        return Prefix(self.text, len(self.text), "") if last else self.prefix(turn + 1)
+
+
+def common_prefix(one: str, other: str) -> int:
+    """Length of what two texts begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while high - low > 1:  # the texts differ before `high`, and not before `low`
+        middle = (low + high) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
+    return low
 
 
 @lru_cache
 def has_marks(source: str) -> bool:
     """Whether a template says by `{% generation %}` tags what the assistant writes."""
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
+
+
+@lru_cache
+def writes_the_date(source: str) -> bool:
+    """Whether a template asks for today's date."""
+    return "strftime_now" in source
+
+
+@lru_cache
+def _names_read(source: str) -> frozenset[str]:
+    environment: Environment = _compile_jinja_template(source).environment
+    return frozenset(meta.find_undeclared_variables(environment.parse(source)))
 
 
 @lru_cache
@@ -179,12 +282,12 @@ def _is(node: Any, name: str) -> bool:
 
 def _asks_for_no_more(parent: nodes.Node, loop: nodes.For) -> bool:
     """Whether a node uses `messages` as the loop does, as a condition (there always are some), or for the first one."""
-    for field, value in parent.iter_fields():
+    for field_name, value in parent.iter_fields():
         for child in value if isinstance(value, list) else [value]:
             if _is(child, "messages") and not (
                 parent is loop
-                or (isinstance(parent, nodes.If) and field == "test")
-                or (isinstance(parent, nodes.And) and field == "left")
+                or (isinstance(parent, nodes.If) and field_name == "test")
+                or (isinstance(parent, nodes.And) and field_name == "left")
                 or (isinstance(parent, nodes.Getitem) and isinstance(parent.arg, nodes.Const) and parent.arg.value == 0)
             ):
                 return False
@@ -205,57 +308,6 @@ def _looks_back(body: list[nodes.Node]) -> bool:
 
 
 def _refuse_access(value: Any, attribute: str) -> NoReturn:
+    if modifies_known_mutable(value, attribute):  # refused too, but nobody's way out
+        raise TypeError(f"the sandbox lets no template change a {type(value).__name__} by {attribute!r}")
     raise SecurityError(f"access to {attribute!r} of a {type(value).__name__}")
-
-
-class _TimeIsUp(BaseException):
-    """No Exception: those that a template's filters raise, jinja takes for its own in places."""
-
-
-@contextlib.contextmanager
-def limits() -> Iterator[None]:
-    """Raises UnsafeDataError in a block that computes for longer than SECONDS, MemoryError in one that takes too much.
-
-    Only a process's main thread can be told. Python acts on a signal between two of its instructions, which a single
-    huge one (comparing lists that hold each other many times over) keeps waiting. The system itself then ends the
-    process by SIGVTALRM, once the block has computed for two seconds more.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    over = False
-
-    def stop(_number: int, frame: FrameType | None) -> None:
-        # Raised in the lines that end this block, it would leave them undone; the next time comes soon enough.
-        ending = frame is not None and frame.f_code.co_filename in (__file__, contextlib.__file__)
-        if not (over or ending):
-            raise _TimeIsUp
-
-    before, allowed = signal.signal(signal.SIGPROF, stop), resource.getrlimit(resource.RLIMIT_AS)
-    _allow_memory(MEMORY, *allowed)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS, 0.1)  # again and again: what a destructor raises is lost
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS + 2)
-    try:
-        try:
-            yield
-        finally:
-            over = True
-    except _TimeIsUp:
-        raise UnsafeDataError(f"the chat template took more than {SECONDS} seconds of computing") from None
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        resource.setrlimit(resource.RLIMIT_AS, allowed)
-        signal.signal(signal.SIGPROF, before)
-
-
-def _allow_memory(more: int, soft: int, hard: int) -> None:
-    """Limit this process to `more` bytes than it has; only Linux tells how many those are."""
-    try:
-        descriptor = os.open("/proc/self/statm", os.O_RDONLY)
-    except OSError:
-        return
-    wanted = int(os.read(descriptor, 64).split()[0]) * resource.getpagesize() + more
-    os.close(descriptor)
-    resource.setrlimit(resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(soft, wanted), hard))

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dataset.augment import SystemPrompts
-from dataset.chat import ChatRenderer, Sample
+from dataset.chat import ChatRenderer
+from dataset.control_tokens import Sample
 from dataset.files import RawRow, RowError, parse_row
 from dataset.layouts import Fields
 from dataset.reader import Conversation, parse_conversation
