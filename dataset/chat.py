@@ -23,6 +23,7 @@ from dataset.vanished import missing_from
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TRAIN_ON = ("assistant", "last", "marked", "all")
 VANISHED = ("error", "warn")  # what becomes of a row of which the template leaves out what would be trained
+CLOSING = 64  # characters that a template may need to close a message
 MESSAGES_RENDERED = 500_000  # for one row, by a template that has to be run anew for each turn
 
 
@@ -49,8 +50,8 @@ class ChatRenderer:
             reserved = sorted(set(text_tokens) & self._traits(None, {}).structural)
             if reserved:
                 raise ValueError(
-                    f"text_tokens={','.join(reserved)}: the chat template marks roles or the ends of turns by it, and text "
-                    "must not"
+                    f"text_tokens={','.join(reserved)}: the chat template marks roles or the ends of turns by it, and "
+                    "text must not"
                 )
 
     @property
@@ -143,7 +144,7 @@ class ChatRenderer:
         if conversation.text is not None:
             (hidden,), _, spelled = self._tokens.hide([conversation.text], None, frozenset(), self._tokens.in_text)
             ends = [(hidden, True), (str(self._tokenizer.eos_token), True)]
-            return [RenderedChat(ends, spelled, notes=conversation.notes, begins_text=True)]
+            return [RenderedChat(ends, spelled, begins_text=True)]
         trained = self._trained_turns(conversation)
         try:
             return [self._render_turns(conversation, trained)]
@@ -178,10 +179,7 @@ class ChatRenderer:
         try:
             rendering = self._template.rendering(messages, request)
         except RowError as error:
-            if messages[0]["role"] != "system" or "system message" in traits.writes:
-                raise
-            hint = "--system_as user puts the system message before the first question"
-            raise RowError(error.code, f"{error}; {hint}") from error
+            raise self._with_hint(error, messages, traits) from error
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if cuts is None and rendering.is_costly and 2 * len(turns) * len(messages) > MESSAGES_RENDERED:
             raise RowError(
@@ -189,13 +187,22 @@ class ChatRenderer:
                 f"the chat template looks ahead, so each of {len(turns)} turns takes a rendering of its own; split the "
                 f"dialogue, or --train_on last (at most {MESSAGES_RENDERED:,} messages are rendered for a row)",
             )
-        stretches = self._cut(rendering, traits, trained, turns if cuts is None else cuts)
+        try:
+            stretches = self._cut(rendering, traits, trained, turns if cuts is None else cuts)
+        except RowError as error:
+            raise self._with_hint(error, messages, traits) from error
         if self._train_on == "all":  # what lies between the turns and after them too
             rest = rendering.text[sum(len(text) for text, _ in stretches) :]
             stretches = [(text, flag or at % 2 == 0) for at, (text, flag) in enumerate([*stretches, (rest, False)])]
         refuse_escaped(rendering.text, spelled)
         notes = self._notes_on_missing(rendering, request, traits, trained, conversation, stretches)
-        return RenderedChat(stretches, spelled, alone=bool(cuts), notes=(*conversation.notes, *notes))
+        return RenderedChat(stretches, spelled, alone=bool(cuts), notes=(*rendering.notes, *notes))
+
+    def _with_hint(self, error: RowError, messages: list[Message], traits: Traits) -> RowError:
+        if messages[0]["role"] != "system" or "system message" in traits.writes:
+            return error
+        hint = "--system_as user puts the system message before the first question"
+        return RowError(error.code, f"{error}; {hint}")
 
     def _cut(
         self, rendering: Rendering, traits: Traits, trained: Sequence[int], cuts: Sequence[int]
@@ -242,6 +249,10 @@ class ChatRenderer:
             start = len(prompt) - len(opening)
             if prompt.part(start, len(prompt)) == opening and prompt.is_in_whole(start):
                 return start
+        start = _behind_header(rendering, traits.header, turn, prompt)
+        if start is not None:
+            rendering.notes.append("the chat template asks for answers in other words than conversations show")
+            return start
         place = f"the prompt for message {turn}, and the message with what comes before it,"
         raise _parted(f"{place} are rendered differently", prompt, "in the prompt", "before the message")
 
@@ -293,6 +304,19 @@ class ChatRenderer:
             if turn not in elsewhere:
                 notes.append(f"the chat template writes nothing of the {kind}")
         return notes
+
+
+def _behind_header(rendering: Rendering, header: str, turn: int, prompt: Prefix) -> int | None:
+    """Where the header of an answer ends that stands soon after the place up to which the prompt reads alike.
+
+    A template may close what was said before, or ask for the answer, in other words where it writes the prompt.
+    """
+    said = rendering.messages[turn - 1]["content"].strip()
+    if not header or said not in rendering.text[: prompt.shared]:
+        return None
+    nearest = max(0, prompt.shared - len(header) + 1)
+    at = rendering.text.find(header, nearest, nearest + 2 * len(header) + CLOSING)
+    return None if at < 0 else at + len(header)
 
 
 def _unstable(prefix: Prefix, count: int) -> RowError:

@@ -199,6 +199,7 @@ class Rendering:
         """
         self._template, self.messages, self._request, self.text = template, messages, request, text
         self._ends, self._closings, self.marked = ends, closings, marked
+        self.notes: list[str] = []  # on what should be said of it
 
     @property
     def is_costly(self) -> bool:

@@ -52,14 +52,13 @@ class Traits:
 
     form: Form = Form()
     thinking: str = ""  # the part of the generation prompt that opens a think block, and belongs to the answer
+    header: str = ""  # the end of the generation prompt, from its last control token on, without both of these
     openings: tuple[str, ...] = ()  # other ends of the generation prompt that some answers lack, shortest first
     answer: Ending | None = None  # what closes an answer
     call: Ending | None = None  # and a message that calls tools
     own: frozenset[str] = frozenset()  # control tokens that an answer's text may hold
     structural: frozenset[str] = frozenset()  # those of roles, headers and ends
-    writes: frozenset[str] = (
-        frozenset()
-    )  # names of kinds of content, see _written
+    writes: frozenset[str] = frozenset()  # names of kinds of content, see _written
     problem: str | None = None  # why not even a question and its answer can be rendered
 
     def ending(self, message: Message) -> Ending | None:
@@ -121,22 +120,32 @@ def find_traits(
         return Traits(problem=reason)
     answer = _ending_of_answers(probe, plain)
     call = _ending_of_calls(probe, answer)
-    thinking, openings = _openings(probe)
+    thinking, openings = _openings(probe, plain)
     structural = frozenset(_structural(probe, plain, answer, call, [thinking, *openings]))
     own = frozenset(_own(probe, template.source(probe.request.tools), structural, [thinking, *openings]))
-    return Traits(form, thinking, openings, answer, call, own, structural, frozenset(_written(probe)))
+    return Traits(
+        form,
+        thinking,
+        _header(probe, [thinking, *openings]),
+        openings,
+        answer,
+        call,
+        own,
+        structural,
+        frozenset(_written(probe)),
+    )
 
 
 def _find_form(probe: Probe) -> Form | None:
-    """The first form of messages in which their words appear."""
+    """The form of messages in which their words appear, and as little else as possible."""
     contents = [form for form in (Form(), Form("parts")) if _shows(probe.text(PROBE, form=form), USER, ANSWER)]
     if not contents:
         return None
-    for each in FORMS:
-        form = Form(contents[0].content, each.arguments, each.silence)
-        for messages in (CALLED[:2], CALLED):
-            if _shows(probe.text(messages, form=form), NAME, VALUE):
-                return form
+    forms = [Form(contents[0].content, each.arguments, each.silence) for each in FORMS]
+    for messages in (CALLED[:2], CALLED):
+        texts = {form: text for form in forms if _shows(text := probe.text(messages, form=form), NAME, VALUE)}
+        if texts:
+            return min(texts, key=lambda form: len(texts[form] or ""))
     return contents[0]
 
 
@@ -170,8 +179,15 @@ def _ending_of_answers(probe: Probe, plain: str) -> Ending | None:
     if middle is None:
         return _made(probe, probe.through_last(last) or last.rstrip(" "), last)
     common = _common_end(probe, last, middle, plain)
-    mark = probe.through_last(common) or probe.through_last(last) or probe.through_first(middle)
-    return _made(probe, mark or common.rstrip(" ") or _without_header(middle, plain), last)
+    mark = _mark_in(probe, common, last, middle, plain) or common.rstrip(" ") or _without_header(middle, plain)
+    return _made(probe, mark, last)
+
+
+def _mark_in(probe: Probe, common: str, last: str, middle: str, text: str) -> str:
+    """To the last control token after every turn; else to the first after the last turn, or after one amid others."""
+    own = probe.through_first(last[len(common) :])
+    is_header = bool(own) and probe.tokens(own)[-1] in _leading_tokens(probe, text)
+    return probe.through_last(common) or ("" if is_header else own and common + own) or probe.through_first(middle)
 
 
 def _common_end(probe: Probe, last: str, middle: str, plain: str) -> str:
@@ -216,8 +232,7 @@ def _ending_of_calls(probe: Probe, answer: Ending | None) -> Ending | None:
     follows = probe.through_first(middle[len(common) :])
     if answer is not None and answer.missing and follows:  # what comes next ends the turn
         return _made(probe, common + follows, last)
-    mark = probe.through_last(common) or probe.through_last(last) or probe.through_first(middle)
-    return _made(probe, mark or common.rstrip(" "), last)
+    return _made(probe, _mark_in(probe, common, last, middle, called) or common.rstrip(" "), last)
 
 
 def _turns() -> Iterator[tuple[list[Message], Message, str, str]]:
@@ -229,30 +244,44 @@ def _turns() -> Iterator[tuple[list[Message], Message, str, str]]:
         yield before, {**CALL, **THOUGHT}, REASONING, VALUE
 
 
-def _openings(probe: Probe) -> tuple[str, tuple[str, ...]]:
+def _openings(probe: Probe, plain: str) -> tuple[str, tuple[str, ...]]:
     """Ends of the generation prompt that an answer need not have: of a think block, and all others.
 
     A prompt opens a think block where reasoning goes on at its end, and an answer without reasoning does not.
     """
-    thinking, found = "", set()
+    thinking, found, heads = "", set(), set(_leading_tokens(probe, plain))
     for before, answer, reasoning, said in _turns():
         prompt, text = probe.text(before, prompt=True), probe.text([*before, answer])
         if prompt is None or text is None or said not in text:
             continue
         shared = probe.agree(prompt, text)
-        if before[-1]["content"] not in prompt[:shared]:
+        opening = prompt[shared:]
+        if before[-1]["content"] not in prompt[:shared] or heads & set(probe.tokens(opening)):
             continue  # another text already before the answer
-        if shared < len(prompt):
-            found.add(prompt[shared:])
-        bare = probe.text([*before, {name: value for name, value in answer.items() if name not in THOUGHT}])
-        if not reasoning or bare is None or not text.startswith(reasoning, shared):
-            continue
-        if not bare.startswith(said, probe.agree(prompt, bare)):
-            start = prompt.rindex(before[-1]["content"]) + len(before[-1]["content"])
-            marks = [match for match in probe.control.finditer(prompt[:shared]) if match.start() > start]
-            if marks:
-                thinking = max(thinking, prompt[marks[-1].start() :], key=len)
+        if opening:
+            found.add(opening)
+        bare = probe.text([*before, PROBE[1]])
+        thinks = bool(reasoning) and said == ANSWER and text.startswith(reasoning, shared)
+        if thinks and bare is not None and not bare.startswith(said, probe.agree(prompt, bare)):
+            thinking = max(thinking, prompt[_last_word(probe, prompt[:shared]) :], key=len)
     return thinking, tuple(sorted(found - {thinking}, key=lambda text: (len(text), text)))
+
+
+def _last_word(probe: Probe, text: str) -> int:
+    """Where the last control token of a text begins, or what stands after it without a space inside."""
+    marks = list(probe.control.finditer(text))
+    if marks and not text[marks[-1].end() :].strip():
+        return marks[-1].start()
+    word = re.search(r"\S+\s*$", text)
+    return max(word.start() if word else len(text), marks[-1].end() if marks else 0)
+
+
+def _header(probe: Probe, openings: list[str]) -> str:
+    prompt = probe.text(PROBE[:1], prompt=True) or ""
+    opening = max((opening for opening in openings if prompt.endswith(opening)), key=len, default="")
+    prompt = prompt[: len(prompt) - len(opening)]
+    marks = [match.start() for match in probe.control.finditer(prompt) if match.start() > prompt.rfind(USER)]
+    return prompt[marks[-1] :] if marks else ""
 
 
 def _structural(
