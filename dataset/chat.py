@@ -42,6 +42,7 @@ class Sample:
     supervised: np.ndarray  # bool (L,)
     spelled: tuple[str, ...] = ()
     alone: bool = False  # as in RenderedChat
+    notes: tuple[str, ...] = ()
 
 
 class ChatRenderer:
