@@ -194,7 +194,8 @@ def _speaks_sharegpt(row: Row) -> bool:
 
 
 def _turns(row: Row, key: str) -> Turns:
-    turns = required(row, key, "the row")
+    advice = "; --data_format, or --prompt_field and --response_field, say how to read it"
+    turns = required(row, key, "the row", advice)
     if not isinstance(turns, list) or not turns:
         raise RowError("BAD_TYPE", f"{key} must be a list with at least one message, found {kind_of(turns)}")
     return turns
@@ -233,14 +234,13 @@ def refuse_media(key: str, value: Any, where: str) -> None:
         raise RowError("MEDIA", f"{where} has {key!r}, but this kit trains text only: leave such rows out")
 
 
-def required(row: Row, key: str, where: str) -> Any:
+def required(row: Row, key: str, where: str, advice: str = "") -> Any:
     """The value of a key; raises RowError that shows which keys there are."""
     if key in row:
         return row[key]
     if row.keys() >= PAIR:
         raise RowError("UNWANTED", PAIR_ADVICE)
     found = ", ".join(repr(name[:40]) for name in list(row)[:10]) or "no key at all"
-    advice = "; --data_format, or --prompt_field and --response_field, say how to read it" if where == "the row" else ""
     raise RowError("MISSING_FIELD", f"{where} has no {key!r}, it has {found}{advice}")
 
 
