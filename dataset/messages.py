@@ -50,9 +50,7 @@ def parse_message(message: Any, where: str, notes: list[str]) -> tuple[Message, 
     if calls and role != "assistant":
         raise RowError("BAD_TYPE", f"{where} has the role {role!r}, but only the assistant calls tools")
     if role == "assistant" and not (content.strip() or calls or parsed.get("reasoning_content", "").strip()):
-        raise RowError(
-            "EMPTY_ASSISTANT", f"{where} is an assistant turn with nothing in it: no text, no reasoning, no tool call"
-        )
+        raise RowError("EMPTY_ASSISTANT", f"{where} is an assistant turn without text, reasoning and tool calls")
     tool_calls = [_parse_call(call, f"{where}.tool_calls[{index}]", notes) for index, call in enumerate(calls)]
     wish = None if plain else _wish(message, role, where)
     return {"role": role, "content": content, **parsed, **({"tool_calls": tool_calls} if calls else {})}, wish
