@@ -231,7 +231,8 @@ def is_blank(value: Any) -> bool:
 def refuse_media(key: str, value: Any, where: str) -> None:
     """Raises RowError for pictures and such, without which an answer about them would be trained blind."""
     if key in MEDIA and isinstance(value, (str, list, dict, bytes)):
-        raise RowError("MEDIA", f"{where} has {key!r}, but this kit trains text only: leave such rows out")
+        advice = "leave such rows out, or take the key out where the text says enough"
+        raise RowError("MEDIA", f"{where} has {key!r}, but this kit trains text only: {advice}")
 
 
 def required(row: Row, key: str, where: str, advice: str = "") -> Any:

@@ -76,6 +76,8 @@ def as_json(value: Any, where: str) -> str:
         raise RowError("NON_FINITE", f"{where} holds a number that is not finite") from error
     except TypeError as error:
         raise RowError("BAD_TYPE", f"{where} holds bytes") from error
+    except RecursionError as error:
+        raise RowError("JSON_SYNTAX", f"{where} is nested too deeply") from error
 
 
 def _look_at_others(message: Message, where: str, notes: list[str]) -> None:

@@ -140,7 +140,7 @@ def _look_beside(row: dict[str, Any], keys: frozenset[str], layout: str, notes: 
         refuse_media(key, value, "the row")
         if key == "label" and isinstance(value, bool) and layout != "text":  # of a text it says what that is
             if not value:
-                raise RowError("UNWANTED", "'label' is false, so the answer is a bad one: leave such rows out")
+                raise RowError("UNWANTED", "'label' is false, so the answer is bad: leave such rows or the key out")
             continue
         notes.append(f"the field {key[:40]!r} is not read")
 

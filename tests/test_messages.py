@@ -184,6 +184,14 @@ def test_a_tool_result_becomes_text(content, read, note):
     assert parse(layout="sharegpt", conversations=turns).messages[2] == says("tool", read)
 
 
+def test_a_tool_result_that_json_cannot_say_is_refused():
+    nested: list = []
+    for _ in range(5000):
+        nested = [nested]
+    for content, code in ((float("inf"), "NON_FINITE"), (b"\xff", "BAD_TYPE"), (nested, "JSON_SYNTAX")):
+        assert refusal(says("user", "a"), says("assistant", "b"), says("tool", content)).startswith(code)
+
+
 def test_content_in_parts_is_its_text():
     parts = [{"type": "text", "text": "one "}, "two ", {"type": "text", "value": "three", "image": None}]
     found = parse(says("user", parts), says("assistant", [{"type": "text", "text": "b"}]))
@@ -216,7 +224,7 @@ def test_calls_may_stand_in_the_text_of_an_answer():
 def test_a_refusal_says_what_to_do():
     turns = [says("user", "a"), says("assistant", "b")]
     assert "leave such rows out" in refusal(*turns, images=["a.png"])
-    assert "leave such rows out" in refusal(*turns, label=False)
+    assert "leave such rows or the key out" in refusal(*turns, label=False)
     assert "--response_field chosen" in refusal(prompt="a", chosen="b", rejected="c")
     assert "keep one" in refusal(*turns, system="s", system_prompt="t")
     assert "another in them: keep one" in refusal(says("system", "s"), *turns, system="t")
