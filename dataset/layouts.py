@@ -12,8 +12,20 @@ from dataset.files import RowError, kind_of, parse_json
 Row = dict[str, Any]
 Turns = list[Any]  # messages as found, not yet checked
 
+BESIDE = frozenset({"system", "system_prompt", "tools", "chat_template_kwargs"})  # which a row has beside its messages
+MARKS = (  # by which a message says whether it is trained, in the words of many kits; `masked` says the opposite
+    "weight", "train", "loss", "train_on_turn", "trainable", "training", "loss_weight", "loss_scale", "loss_mask",
+    "masked",
+)  # fmt: skip
+PAIR = frozenset({"chosen", "rejected"})
+PAIR_ADVICE = (
+    "the row is a preference pair ('chosen' and 'rejected'), but only one answer can be trained: keep the chosen one "
+    "(of texts, by --prompt_field prompt --response_field chosen)"
+)
+MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 SHAREGPT_ROLES = {
     "system": "system",
+    "developer": "developer",
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
@@ -35,58 +47,81 @@ class Fields:
                 "prompt and response go together, and a system field goes with them"
             )
 
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(name for name in (self.prompt, self.response, self.system) if name is not None)
+
 
 @dataclass(frozen=True)
 class Layout:
-    """`fits` recognises a row of the layout; `turns` gives its messages and tools, or raises RowError."""
+    """`fits` recognises a row of the layout; `turns` gives its messages and tools, or raises RowError.
+
+    `keys` are those of a row that are read; the layout of named fields also reads the fields that were named.
+    """
 
     spoken: str
+    keys: frozenset[str]
     fits: Callable[[Row], bool]
     turns: Callable[[Row, Fields], tuple[Turns, Any]]
 
 
 def _messages(row: Row, _: Fields) -> tuple[Turns, Any]:
-    return _with_system(row, _turns(row, "messages")), _tools(row, row["messages"])
+    return _with_beside(row, _turns(row, "messages"))
 
 
 def _conversations(row: Row, _: Fields) -> tuple[Turns, Any]:
-    return _with_system(row, _turns(row, "conversations")), _tools(row, row["conversations"])
+    return _with_beside(row, _turns(row, "conversations"))
 
 
-def _with_system(row: Row, turns: Turns) -> Turns:
-    """The messages, with what the row says beside them in `system` in front."""
-    return [*_opening(row, "system"), *turns]
+def _with_beside(row: Row, turns: Turns) -> tuple[Turns, Any]:
+    """The messages, with the system text that the row has beside them in front, and the tools of the row.
 
-
-def _tools(row: Row, turns: Turns) -> Any:
-    """The tools of the row, or those in its first message, where MiniMind keeps them."""
-    first = turns[0]
-    return first.get("tools") if row.get("tools") is None and isinstance(first, dict) else row.get("tools")
+    MiniMind keeps the tools in the first message.
+    """
+    tools, opening = row.get("tools"), _opening(row)
+    first = turns[0] if turns and isinstance(turns[0], dict) else {}
+    if not tools and "tools" in first:
+        tools = first["tools"]
+        turns = [{key: value for key, value in first.items() if key != "tools"}, *turns[1:]]
+    if opening and first.get("role") in ("system", "developer"):
+        if opening[0]["content"] != first.get("content"):
+            raise RowError("BAD_ORDER", "the row has a system text beside its messages and another in them: keep one")
+        return turns, tools
+    return [*opening, *turns], tools
 
 
 def _sharegpt(row: Row, _: Fields) -> tuple[Turns, Any]:
-    turns = _opening(row, "system")
+    turns: Turns = []
     for index, turn in enumerate(_turns(row, "conversations")):
         where = f"conversations[{index}]"
         if not isinstance(turn, dict):
             raise RowError("BAD_TYPE", f"{where} must be an object, found {kind_of(turn)}")
-        name, value = text(turn, "from", where), text(turn, "value", where)
+        name = text(turn, "from", where)
         if name not in SHAREGPT_ROLES:
             known = ", ".join(SHAREGPT_ROLES)
             raise RowError("UNKNOWN_ROLE", f"{where} is from {name[:40]!r}, known are {known}")
-        more = {key: turn[key] for key in ("weight", "train", "reasoning_content") if key in turn}
+        message: Row = {"role": SHAREGPT_ROLES[name]}
+        value = turn.get("value")
+        if value is None and message["role"] != "tool" and not turn.get("tool_calls"):
+            text(turn, "value", where)  # says what is there instead
+        if len(turn) > 2:
+            if turn.get("content") not in (None, "", value):
+                raise RowError("BAD_TYPE", f"{where} has a 'value' and another text as 'content': keep one")
+            message = {key: item for key, item in turn.items() if key not in ("from", "value")} | message
         if name == "function_call":
-            calls = nested_json(value, where)
-            more |= {"tool_calls": calls if isinstance(calls, list) else [calls]}
-        turns.append({"role": SHAREGPT_ROLES[name], "content": "" if name == "function_call" else value, **more})
-    return turns, _tools(row, row["conversations"])
+            calls = nested_json(text(turn, "value", where), where)
+            message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+        else:
+            message["content"] = value
+        turns.append(message)
+    return _with_beside(row, turns)
 
 
 def _alpaca(row: Row, _: Fields) -> tuple[Turns, Any]:
     question = text(row, "instruction", "the row")
     if row.get("input") not in (None, ""):
         question += "\n" + text(row, "input", "the row")
-    turns = _opening(row, "system")
+    turns: Turns = []
     history = row.get("history") or []
     if not isinstance(history, list):
         raise RowError("BAD_TYPE", f"'history' of the row must be a list of pairs, found {kind_of(history)}")
@@ -94,37 +129,62 @@ def _alpaca(row: Row, _: Fields) -> tuple[Turns, Any]:
         if not (isinstance(pair, list) and len(pair) == 2):
             raise RowError("BAD_TYPE", f"history[{index}] must be a list of a question and an answer")
         turns += _pair(*pair)
-    return turns + _pair(question, text(row, "output", "the row")), row.get("tools")
+    return _with_beside(row, turns + _pair(question, text(row, "output", "the row")))
 
 
 def _prompt(row: Row, _: Fields) -> tuple[Turns, Any]:
     """TRL's prompt and completion: both texts, or both lists of messages."""
     prompt, completion = required(row, "prompt", "the row"), required(row, "completion", "the row")
     if isinstance(prompt, list) and isinstance(completion, list):
-        earlier = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt]
-        return _with_system(row, [*earlier, *completion]), row.get("tools")
-    pair = _pair(text(row, "prompt", "the row"), text(row, "completion", "the row"))
-    return _with_system(row, pair), row.get("tools")
+        return _with_beside(row, [*map(_untrained, prompt), *completion])
+    return _with_beside(row, _pair(text(row, "prompt", "the row"), text(row, "completion", "the row")))
+
+
+def _untrained(turn: Any) -> Any:
+    """A message of a prompt, which is trained only if it says so itself."""
+    if not isinstance(turn, dict) or any(turn.get(mark) is not None for mark in MARKS):
+        return turn
+    return {**turn, "train": False}
 
 
 def _fields(row: Row, fields: Fields) -> tuple[Turns, Any]:
     assert fields.prompt is not None and fields.response is not None
-    opening = _opening(row, fields.system, needed=True) if fields.system else []
+    opening = _system_message(text(row, fields.system, "the row")) if fields.system else []
     return opening + _pair(text(row, fields.prompt, "the row"), text(row, fields.response, "the row")), None
 
 
 LAYOUTS = {
-    "messages": Layout("OpenAI messages", lambda row: "messages" in row, _messages),
-    "sharegpt": Layout("ShareGPT conversations (from, value)", lambda row: _speaks_sharegpt(row), _sharegpt),
+    "messages": Layout("OpenAI messages", BESIDE | {"messages"}, lambda row: "messages" in row, _messages),
+    "sharegpt": Layout(
+        "ShareGPT conversations (from, value)",
+        BESIDE | {"conversations"},
+        lambda row: _speaks_sharegpt(row),
+        _sharegpt,
+    ),
     "conversations": Layout(
-        "MiniMind conversations (role, content)", lambda row: "conversations" in row, _conversations
+        "MiniMind conversations (role, content)",
+        BESIDE | {"conversations"},
+        lambda row: "conversations" in row,
+        _conversations,
     ),
     "alpaca": Layout(
-        "Alpaca (instruction, input, output)", lambda row: {"instruction", "output"} <= row.keys(), _alpaca
+        "Alpaca (instruction, input, output)",
+        BESIDE | {"instruction", "input", "output", "history"},
+        lambda row: {"instruction", "output"} <= row.keys(),
+        _alpaca,
     ),
-    "prompt": Layout("prompt and completion", lambda row: {"prompt", "completion"} <= row.keys(), _prompt),
-    "text": Layout("plain text, trained whole", lambda row: "text" in row, lambda row, _: ([], None)),
-    "fields": Layout("named prompt and response fields", lambda row: False, _fields),
+    "prompt": Layout(
+        "prompt and completion",
+        BESIDE | {"prompt", "completion"},
+        lambda row: {"prompt", "completion"} <= row.keys(),
+        _prompt,
+    ),
+    "text": Layout(
+        "plain text, trained whole", frozenset({"text"}), lambda row: "text" in row, lambda row, _: ([], None)
+    ),
+    "fields": Layout(
+        "named prompt and response fields", frozenset({"chat_template_kwargs"}), lambda row: False, _fields
+    ),
 }
 
 
@@ -134,17 +194,26 @@ def _speaks_sharegpt(row: Row) -> bool:
 
 
 def _turns(row: Row, key: str) -> Turns:
-    turns = required(row, key, "the row")
+    advice = "; --data_format, or --prompt_field and --response_field, say how to read it"
+    turns = required(row, key, "the row", advice)
     if not isinstance(turns, list) or not turns:
         raise RowError("BAD_TYPE", f"{key} must be a list with at least one message, found {kind_of(turns)}")
     return turns
 
 
-def _opening(row: Row, key: str, needed: bool = False) -> Turns:
-    """The system message, where the row has one that says something."""
-    if not needed and row.get(key) is None:
-        return []
-    content = text(row, key, "the row")
+def _opening(row: Row) -> Turns:
+    """The system message, where the row has one beside its messages that says something."""
+    content = ""
+    for key in ("system", "system_prompt"):
+        if row.get(key) is not None:
+            given = text(row, key, "the row")
+            if content.strip() and given.strip() and given != content:
+                raise RowError("BAD_TYPE", "the row has a 'system' and a 'system_prompt' that differ: keep one")
+            content = content if content.strip() else given
+    return _system_message(content)
+
+
+def _system_message(content: str) -> Turns:
     return [{"role": "system", "content": content}] if content.strip() else []
 
 
@@ -152,12 +221,28 @@ def _pair(question: Any, answer: Any) -> Turns:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def required(row: Row, key: str, where: str) -> Any:
+def is_blank(value: Any) -> bool:
+    """Whether a value says nothing: null, an empty text, list or object, a list of nulls."""
+    if isinstance(value, list):
+        return all(item is None for item in value)
+    return value is None or value == "" or value == {}
+
+
+def refuse_media(key: str, value: Any, where: str) -> None:
+    """Raises RowError for pictures and such, without which an answer about them would be trained blind."""
+    if key in MEDIA and isinstance(value, (str, list, dict, bytes)):
+        advice = "leave such rows out, or take the key out where the text says enough"
+        raise RowError("MEDIA", f"{where} has {key!r}, but this kit trains text only: {advice}")
+
+
+def required(row: Row, key: str, where: str, advice: str = "") -> Any:
     """The value of a key; raises RowError that shows which keys there are."""
-    if key not in row:
-        found = ", ".join(repr(name[:40]) for name in list(row)[:10]) or "no key at all"
-        raise RowError("MISSING_FIELD", f"{where} has no {key!r}, it has {found}")
-    return row[key]
+    if key in row:
+        return row[key]
+    if row.keys() >= PAIR:
+        raise RowError("UNWANTED", PAIR_ADVICE)
+    found = ", ".join(repr(name[:40]) for name in list(row)[:10]) or "no key at all"
+    raise RowError("MISSING_FIELD", f"{where} has no {key!r}, it has {found}{advice}")
 
 
 def text(row: Row, key: str, where: str) -> str:

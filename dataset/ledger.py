@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,9 @@ from dataset.control_tokens import Sample
 from dataset.reader import Defect
 from dataset.rows import PackedRows
 
+MOST_NOTES = 100  # of a file, each with its count; keys that differ from row to row would give millions
+SPOKEN_NOTES = 20
+OTHER_NOTES = "other notes, of more kinds than are counted apart"
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -24,12 +27,23 @@ class Ledger:
     fatal: list[Defect] = field(default_factory=list)  # those of both that the options do not let pass
     lengths: array = field(default_factory=lambda: array("q"))  # type: ignore[type-arg]
     spelled: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, list[int]] = field(default_factory=dict)  # -> number of rows, first line
     read: int = 0
     kept: int = 0
     supervised_tokens: int = 0
     turn_by_turn: int = 0  # rows
     truncated: int = 0
     cut_tokens: int = 0
+
+    def note(self, line: int, notes: Iterable[str]) -> None:
+        """Take in what is to be said of a row that is kept."""
+        counted = set()
+        for note in notes:
+            if note not in self.notes and len(self.notes) >= MOST_NOTES:
+                note = OTHER_NOTES
+            if note not in counted:
+                counted.add(note)
+                self.notes.setdefault(note, [0, line])[0] += 1
 
     def count(self, sample: Sample, length: int) -> None:
         """Take in a sample that is kept, which had `length` tokens before it was cut."""
@@ -63,6 +77,10 @@ class Ledger:
                 name: int(np.quantile(self.lengths, share, method="nearest")) for name, share in QUANTILES.items()
             },
             "rows_spelling_control_tokens": dict(sorted(self.spelled.items())),
+            "notes": [
+                {"note": note, "rows": -rows, "line": line}
+                for rows, line, note in sorted((-rows, line, note) for note, (rows, line) in self.notes.items())
+            ],
         }
 
 
@@ -85,6 +103,15 @@ def spoken(report: dict[str, Any]) -> Iterator[str]:
         yield f"{report['duplicates']} samples are the same as an earlier one (all of them are kept)"
     for token, count in report["rows_spelling_control_tokens"].items():
         yield f"{count} rows spell {token} in their text, where it stays text"
+    yield from note_lines(report)
+
+
+def note_lines(report: dict[str, Any]) -> Iterator[str]:
+    """What was read of a file otherwise than it was written, or not read: what most rows have comes first."""
+    for each in report["notes"][:SPOKEN_NOTES]:
+        yield f"{each['note']}: {each['rows']} row{'s' * (each['rows'] > 1)}, the first is line {each['line']}"
+    if len(report["notes"]) > SPOKEN_NOTES:
+        yield f"{len(report['notes']) - SPOKEN_NOTES} more such notes are in data_report.json"
 
 
 def report_of(rows: PackedRows) -> dict[str, Any]:
@@ -115,6 +142,7 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
         rejected = ", ".join(f"{count} {code}" for code, count in source["rejected_by_code"].items()) or "none"
         yield f"{source['path']} ({source['layout']}): {source['rows_read']:,} rows read, {source['rows_kept']:,} kept"
         yield f"  rejected: {rejected}; tokens of a sample: {quantiles}"
+        yield from (f"  {line}" for line in note_lines(source))
     for name, value in report.items():
         if name != "sources":
             yield f"{name.replace('_', ' '):24} {value:>14{',.4f' if isinstance(value, float) else ','}}"

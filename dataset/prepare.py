@@ -29,7 +29,7 @@ from dataset.ledger import Ledger, spoken
 from dataset.reader import BAD_ROWS, OVERLONG, DataError, Defect, detect_layout
 from dataset.tokenise import Outcomes, Tokeniser, available_cores, in_blocks, map_in_order
 
-VERSION = 4  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
+VERSION = 5  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
 POLL_SECONDS = 0.2
 
 
@@ -217,6 +217,7 @@ def _kept(outcomes: Outcomes, path: str, options: DataOptions, ledger: Ledger) -
         ledger.dropped += defects
         ledger.turn_by_turn += any(sample.alone for sample, _ in fitting)
         ledger.spelled.update({token for sample, _ in fitting for token in sample.spelled})
+        ledger.note(line, (note for sample, _ in fitting for note in sample.notes))
         for sample, length in fitting:
             ledger.count(sample, length)
             yield line, sample

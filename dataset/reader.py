@@ -1,7 +1,6 @@
 """Conversations from data files: rows in any layout become validated messages, and every refused row a `Defect`."""
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dataset.files import RowError, kind_of, read_rows
-from dataset.layouts import LAYOUTS, Fields, nested_json, required, text
+from dataset.layouts import LAYOUTS, PAIR, PAIR_ADVICE, Fields, is_blank, nested_json, refuse_media, text
+from dataset.messages import Message, as_json, objects, parse_message
 
 OVERLONG = ("error", "drop", "truncate")  # what may become of a sample that is longer than a row
 BAD_ROWS = ("error", "skip")  # and of a row that cannot be trained
@@ -21,9 +21,11 @@ FOLLOWS = {  # which roles may come after which; "" is the start of the conversa
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-OPTIONAL_TEXTS = ("reasoning_content", "name", "tool_call_id")
-
-Message = dict[str, Any]
+OWN_VARIABLES = frozenset({  # which a template gets from the row, the tokenizer or transformers
+    "messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message",
+    "chat_template", "tokenize", "padding", "truncation", "max_length", "strftime_now", "raise_exception", "loop",
+    "range", "namespace", "dict", "joiner", "cycler", "lipsum", "additional_special_tokens",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class UnsafeDataError(ValueError):
 class Conversation:
     """One validated row: messages with roles in order and the tools that they may call, or a text to train whole.
 
-    `wishes` holds the messages (by number) that say whether they want to be trained.
+    `wishes` holds the messages (by number) that say whether they want to be trained, `variables` what the row hands to
+    the chat template, and `notes` what was read otherwise than it was written, or not read.
     """
 
     line: int
@@ -101,94 +104,75 @@ def parse_conversation(line: int, row: dict[str, Any] | RowError, layout: str, f
     """The conversation of a row in a layout; raises RowError where it holds none that can be trained."""
     if isinstance(row, RowError):
         raise row
+    notes: list[str] = []
+    keys = LAYOUTS[layout].keys
+    if layout == "fields":
+        keys = keys.union(fields.names)
+    if not row.keys() <= keys:
+        _look_beside(row, keys, layout, notes)
     if layout == "text":
         whole = text(row, "text", "the row")
         if not whole.strip():
-            raise RowError("EMPTY_TEXT", "the text is blank")
-        return Conversation(line, [], text=whole)
+            raise RowError("EMPTY_TEXT", "the text is blank: leave such rows out")
+        return Conversation(line, [], text=whole, notes=tuple(notes))
     turns, tools = LAYOUTS[layout].turns(row, fields)
-    messages = [_parse_message(turn, f"message {index}") for index, turn in enumerate(turns)]
-    _check_order(messages)
-    wishes = {index: wish for index, turn in enumerate(turns) if (wish := _wish(turn, f"message {index}")) is not None}
-    return Conversation(line, messages, _objects(tools, "tools") or None, wishes=wishes)
+    messages: list[Message] = []
+    wishes: dict[int, bool] = {}
+    for index, turn in enumerate(turns):
+        message, wish = parse_message(turn, f"message {index}", notes)
+        messages.append(message)
+        if wish is not None:
+            wishes[index] = wish
+    if messages and messages[-1]["role"] == "user" and row.keys() >= PAIR:
+        raise RowError("UNWANTED", PAIR_ADVICE)
+    _check_order(messages, notes)
+    variables = _variables(row) if "chat_template_kwargs" in row else {}
+    return Conversation(
+        line, messages, objects(tools, "tools") or None, None, wishes, variables, tuple(dict.fromkeys(notes))
+    )
 
 
-def _wish(turn: Message, where: str) -> bool | None:
-    """Whether a message says to be trained: OpenAI's `weight` (0 or 1), or `train` (true or false)."""
-    wishes = [turn[key] for key in ("weight", "train") if turn.get(key) is not None]
-    for wish in wishes:
-        if not isinstance(wish, (bool, int, float)) or wish not in (0, 1):
-            raise RowError("BAD_TYPE", f"{where}: 'weight' must be 0 or 1 and 'train' true or false, found {wish!r}")
-    if len(set(map(bool, wishes))) > 1:
-        raise RowError("BAD_TYPE", f"{where} has a 'weight' and a 'train' that contradict each other")
-    if True in wishes and turn["role"] != "assistant":
-        raise RowError("BAD_TYPE", f"{where} has the role {turn['role']!r} and asks to be trained")
-    return bool(wishes[0]) if wishes else None
+def _look_beside(row: dict[str, Any], keys: frozenset[str], layout: str, notes: list[str]) -> None:
+    """Notes the keys of a row that nobody reads; refuses those that say that it should not be trained as it stands."""
+    for key, value in row.items():
+        if key in keys or is_blank(value):
+            continue
+        refuse_media(key, value, "the row")
+        if key == "label" and isinstance(value, bool) and layout != "text":  # of a text it says what that is
+            if not value:
+                raise RowError("UNWANTED", "'label' is false, so the answer is bad: leave such rows or the key out")
+            continue
+        notes.append(f"the field {key[:40]!r} is not read")
 
 
-def _parse_message(message: Any, where: str) -> Message:
-    """Returns the message with the keys that templates know; content is always text."""
-    if not isinstance(message, dict):
-        raise RowError("BAD_TYPE", f"{where} must be an object, found {kind_of(message)}")
-    role = text(message, "role", where)
-    if role == "" or role not in FOLLOWS:
-        raise RowError("UNKNOWN_ROLE", f"{where} has the role {role[:40]!r}, known are {', '.join(list(FOLLOWS)[1:])}")
-    if message.get("function_call") is not None:
-        raise RowError("BAD_TYPE", f"{where} has a 'function_call': write it as 'tool_calls', which took its place")
-    parsed = {key: text(message, key, where) for key in OPTIONAL_TEXTS if message.get(key) is not None}
-    if message.get("reasoning") is not None:
-        parsed.setdefault("reasoning_content", text(message, "reasoning", where))
-    calls = _objects(message.get("tool_calls"), f"{where}.tool_calls")
-    silent = calls and message.get("content") is None  # OpenAI's clients write null beside tool calls
-    content = "" if silent else text(message, "content", where)
-    if calls and role != "assistant":
-        raise RowError("BAD_TYPE", f"{where} has the role {role!r}, but only the assistant calls tools")
-    if role == "assistant" and not (content.strip() or calls or parsed.get("reasoning_content", "").strip()):
-        raise RowError("EMPTY_ASSISTANT", f"{where} is an assistant turn with nothing in it")
-    tool_calls = [_parse_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
-    return {"role": role, "content": content, **parsed, **({"tool_calls": tool_calls} if calls else {})}
+def _variables(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row hands to the chat template, such as `enable_thinking`."""
+    value, where = row["chat_template_kwargs"], "'chat_template_kwargs' of the row"
+    if isinstance(value, str) and value.strip():
+        value = nested_json(value, where)
+    if is_blank(value):
+        return {}
+    if not isinstance(value, dict):
+        raise RowError("BAD_TYPE", f"{where} must be an object, found {kind_of(value)}")
+    for name in value:
+        if name in OWN_VARIABLES or name.endswith("_token"):
+            raise RowError(
+                "BAD_TYPE", f"{where} sets {name[:40]!r}, which the row itself or the tokenizer decides: take it out"
+            )
+    as_json(value, where)
+    return value
 
 
-def _parse_call(call: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns a call in OpenAI's form with its arguments as an object, whichever way it was written."""
-    function = call.get("function", call)
-    if not isinstance(function, dict):
-        raise RowError("BAD_TYPE", f"{where}.function must be an object, found {kind_of(function)}")
-    arguments = required(function, "arguments", where)
-    if isinstance(arguments, str):
-        arguments = nested_json(arguments, f"{where}.arguments")
-    if not isinstance(arguments, dict):
-        raise RowError("BAD_TYPE", f"{where}.arguments must be an object, found {kind_of(arguments)}")
-    number = {"id": text(call, "id", where)} if call.get("id") is not None else {}
-    return number | {"type": "function", "function": {"name": text(function, "name", where), "arguments": arguments}}
-
-
-def _check_order(messages: list[Message]) -> None:
+def _check_order(messages: list[Message], notes: list[str]) -> None:
     before: Message = {"role": ""}
     for index, message in enumerate(messages):
         role = message["role"]
-        uncalled = role == "tool" and before["role"] == "assistant" and "tool_calls" not in before
-        if role not in FOLLOWS[before["role"]] or uncalled:
+        if role not in FOLLOWS[before["role"]]:
             place = f"after {before['role']!r}" if index else "at the start"
-            reason = " that calls no tool" if uncalled else ""
-            raise RowError("BAD_ORDER", f"message {index} has the role {role!r} {place}{reason}")
+            allowed = " or ".join(map(repr, FOLLOWS[before["role"]]))
+            raise RowError("BAD_ORDER", f"message {index} has the role {role!r} {place}, where {allowed} has its place")
+        if role == "tool" and before["role"] == "assistant" and "tool_calls" not in before:
+            notes.append("tool results follow answers whose call stands in their text")
         before = message
     if not any(message["role"] == "assistant" for message in messages):
-        raise RowError("NO_ASSISTANT", "there is no assistant turn to train on")
-
-
-def _objects(value: Any, where: str) -> list[dict[str, Any]]:
-    """Returns a list of objects, which MiniMind writes as a JSON string; null and a blank string are an empty list."""
-    if isinstance(value, str):
-        value = nested_json(value, where) if value.strip() else None
-    if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
-        raise RowError("BAD_TYPE", f"{where} must be a list of objects, found {kind_of(value)}")
-    if not value:
-        return []
-    try:
-        json.dumps(value, allow_nan=False)  # tables hold more than JSON can say
-    except ValueError as error:
-        raise RowError("NON_FINITE", f"{where} holds a number that is not finite") from error
-    except TypeError as error:
-        raise RowError("BAD_TYPE", f"{where} holds bytes") from error
-    return value
+        raise RowError("NO_ASSISTANT", "there is no assistant turn to train on: leave such rows out")

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from dataset.augment import SystemPrompts
@@ -42,7 +42,7 @@ class Tokeniser:
         parsed = [self._parse(line, raw) for line, raw in block]
         rendered = iter(self.renderer.render_batch([each for each in parsed if isinstance(each, Conversation)]))
         return [
-            (line, next(rendered) if isinstance(each, Conversation) else each)
+            (line, _with_notes(next(rendered), each.notes) if isinstance(each, Conversation) else each)
             for (line, _), each in zip(block, parsed, strict=True)
         ]
 
@@ -52,6 +52,13 @@ class Tokeniser:
             return self.system_prompts.add_to(conversation) if self.system_prompts else conversation
         except RowError as error:
             return error
+
+
+def _with_notes(outcome: list[Sample] | RowError, notes: tuple[str, ...]) -> list[Sample] | RowError:
+    """The samples of a row, which also know what the reader noted of it."""
+    if not notes or isinstance(outcome, RowError):
+        return outcome
+    return [replace(sample, notes=(*notes, *sample.notes)) for sample in outcome]
 
 
 def in_blocks(rows: Iterable[tuple[int, RawRow]]) -> Iterator[Block]:

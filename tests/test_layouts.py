@@ -168,18 +168,30 @@ def test_instructions_and_tools_beside_the_messages_are_read_in_every_layout(tmp
         {"conversations": speakers, "system": "s"},
     ]
     for row in rows:
-        (found,) = read_conversations(write(tmp_path, row), Fields())
-        assert (found.messages, found.tools) == ([says("system", "s"), *turns], TOOLS), row
+        for name in {"system", "system_prompt"} if "system" in row else set():
+            (found,) = read_conversations(write(tmp_path, {**row, "system": None, name: "s"}), Fields())
+            assert (found.messages, found.tools) == ([says("system", "s"), *turns], TOOLS), row
+            assert found.notes == ()
 
 
-def test_reasoning_has_two_names(tmp_path):
+def test_a_system_text_that_stands_twice_is_read_once(tmp_path):
+    turns = [says("system", "s"), says("user", "a"), says("assistant", "b")]
+    for beside in ({"system": "s"}, {"system_prompt": "s"}, {"system": "s", "system_prompt": "s"}, {"system": " "}):
+        (found,) = read_conversations(write(tmp_path, {"messages": turns, **beside}), Fields())
+        assert found.messages == turns
+
+
+def test_reasoning_has_three_names(tmp_path):
     for row in (
+        {"messages": [says("user", "a", thinking=None), says("assistant", "b", thinking="r")]},
+        {"messages": [says("user", "a"), says("assistant", "b", thinking="r", reasoning="r", reasoning_content="")]},
+        {"conversations": [SHAREGPT_TURN, {"from": "gpt", "value": "b", "thinking": "r"}]},
         {"messages": [says("user", "a"), says("assistant", "b", reasoning="r")]},
         {"messages": [says("user", "a"), says("assistant", "b", reasoning_content="r")]},
         {"conversations": [SHAREGPT_TURN, {"from": "gpt", "value": "b", "reasoning_content": "r"}]},
     ):
         (found,) = read_conversations(write(tmp_path, row), Fields())
-        assert found.messages[1]["reasoning_content"] == "r"
+        assert found.messages[1] == says("assistant", "b", reasoning_content="r") and found.notes == ()
 
 
 def test_what_a_table_holds_and_json_could_not_say_is_refused(tmp_path):
@@ -203,6 +215,9 @@ SHAREGPT_TURN = {"from": "human", "value": "a"}
         ("sharegpt", {"conversations": [SHAREGPT_TURN, {"from": "gpt"}]}, "MISSING_FIELD"),
         ("sharegpt", {"conversations": [SHAREGPT_TURN, {"from": "gpt", "value": None}]}, "BAD_TYPE"),
         ("sharegpt", {"conversations": [SHAREGPT_TURN, "b"]}, "BAD_TYPE"),
+        ("sharegpt", {"conversations": [SHAREGPT_TURN, {"from": "gpt", "value": "b", "content": "c"}]}, "BAD_TYPE"),
+        ("sharegpt", {"conversations": [SHAREGPT_TURN, {"from": "gpt", "value": "b", "loss": 0.5}]}, "BAD_TYPE"),
+        ("sharegpt", {"conversations": [SHAREGPT_TURN], "chosen": {}, "rejected": {}}, "UNWANTED"),
         ("sharegpt", {"conversations": [SHAREGPT_TURN, {"from": "function_call", "value": "{"}]}, "JSON_SYNTAX"),
         ("sharegpt", {"conversations": [SHAREGPT_TURN, {"from": "function_call", "value": "7"}]}, "BAD_TYPE"),
         ("sharegpt", {"conversations": []}, "BAD_TYPE"),
@@ -216,6 +231,9 @@ SHAREGPT_TURN = {"from": "human", "value": "a"}
         ("prompt", {"prompt": "a"}, "MISSING_FIELD"),
         ("prompt", {"prompt": "a", "completion": [says("assistant", "b")]}, "BAD_TYPE"),
         ("prompt", {"prompt": [says("assistant", "x")], "completion": [says("assistant", "b")]}, "BAD_ORDER"),
+        ("prompt", {"prompt": "a", "completion": "b", "label": False}, "UNWANTED"),
+        ("alpaca", {"instruction": "a", "output": "b", "image": "a.png"}, "MEDIA"),
+        ("text", {"text": "a", "images": ["a.png"]}, "MEDIA"),
         ("text", {"text": " \n"}, "EMPTY_TEXT"),
         ("text", {"text": None}, "BAD_TYPE"),
         ("text", {}, "MISSING_FIELD"),

@@ -64,7 +64,8 @@ BAD_ROWS = [
     ("MISSING_FIELD", chat({"content": "hello"}, assistant())),
     ("MISSING_FIELD", chat(user(), {"role": "assistant"})),
     ("MISSING_FIELD", chat({"from": "human", "value": "hello"})),
-    ("MISSING_FIELD", chat(user(), assistant(tool_calls=[{"function": {"name": "look"}}]))),
+    ("MISSING_FIELD", chat(user(), assistant(tool_calls=[{"function": {"name": "look", "parameters": {"a": 1}}}]))),
+    ("MISSING_FIELD", chat(user([{"type": "text"}]), assistant())),
     ("MISSING_FIELD", chat(user(), assistant(tool_calls=[{"function": {"arguments": {}}}]))),
     ("BAD_TYPE", b'{"messages": null}'),
     ("BAD_TYPE", b'{"messages": []}'),
@@ -75,7 +76,18 @@ BAD_ROWS = [
     ("BAD_TYPE", chat(user(None), assistant())),
     ("BAD_TYPE", chat(user(7), assistant())),
     ("BAD_TYPE", chat(user(True), assistant())),
-    ("BAD_TYPE", chat(user([{"type": "text", "text": "hello"}]), assistant())),
+    ("BAD_TYPE", chat(user({"type": "text", "text": "hello"}), assistant())),
+    ("BAD_TYPE", chat(user([{"type": "tool_use", "name": "look"}]), assistant())),
+    ("BAD_TYPE", chat(user([{"text": "hello"}]), assistant())),
+    ("BAD_TYPE", chat(user([7]), assistant())),
+    ("MEDIA", chat(user([{"type": "image"}, {"type": "text", "text": "hello"}]), assistant())),
+    ("MEDIA", chat(user([{"type": "image_url", "image_url": {"url": "a.png"}}]), assistant())),
+    ("MEDIA", chat(user(), assistant(), images=["a.png"])),
+    ("MEDIA", chat(user(), assistant(), audio={"path": "a.wav"})),
+    ("MEDIA", chat({**user(), "video": "a.mp4"}, assistant())),
+    ("UNWANTED", chat(user(), assistant(), label=False)),
+    ("UNWANTED", chat(user(), chosen=assistant(), rejected=assistant("no"))),
+    ("UNWANTED", json.dumps({"prompt": "hello", "chosen": "hi", "rejected": "no"}).encode()),
     ("BAD_TYPE", chat(user(), assistant(None))),
     ("BAD_TYPE", chat({"role": 3, "content": "hello"}, assistant())),
     ("BAD_TYPE", chat(user(), assistant(reasoning_content=["hm"]))),
@@ -97,7 +109,8 @@ BAD_ROWS = [
     ("BAD_ORDER", chat(user(), {"role": "system", "content": "be brief"}, assistant())),
     ("BAD_ORDER", chat({"role": "system", "content": "be brief"}, assistant())),
     ("BAD_ORDER", chat(user(), {"role": "tool", "content": "7"}, assistant())),
-    ("BAD_ORDER", chat(user(), assistant(), {"role": "tool", "content": "7"}, assistant())),
+    ("BAD_ORDER", chat({"role": "system", "content": "a"}, {"role": "developer", "content": "b"}, user(), assistant())),
+    ("BAD_ORDER", chat({"role": "system", "content": "a"}, user(), assistant(), system="b")),
     ("BAD_ORDER", chat(user(), assistant(tool_calls=[call()]), {"role": "tool", "content": "7"}, user())),
     ("NO_ASSISTANT", chat(user())),
     ("NO_ASSISTANT", chat({"role": "system", "content": "be brief"}, user())),
@@ -109,6 +122,18 @@ BAD_ROWS = [
     ("BAD_TYPE", chat(user(), assistant(train="no"))),
     ("BAD_TYPE", chat(user(), assistant(train=True, weight=0))),
     ("BAD_TYPE", chat({**user(), "train": True}, assistant())),
+    ("BAD_TYPE", chat({**user(), "masked": False}, assistant())),
+    ("BAD_TYPE", chat(user(), assistant(loss_weight=0.5))),
+    ("BAD_TYPE", chat(user(), assistant(loss_mask=[0, 1]))),
+    ("BAD_TYPE", chat(user(), assistant(loss=True, masked=True))),
+    ("BAD_TYPE", chat(user(), assistant(train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}]))),
+    ("BAD_TYPE", chat(user(), assistant(reasoning="a", thinking="b"))),
+    ("BAD_TYPE", chat(user(), assistant(reasoning_content="a", reasoning="b"))),
+    ("BAD_TYPE", chat(user(), assistant(thinking=["hm"]))),
+    ("BAD_TYPE", chat(user(), assistant(), system="a", system_prompt="b")),
+    ("BAD_TYPE", chat(user(), assistant(), chat_template_kwargs=[1])),
+    ("BAD_TYPE", chat(user(), assistant(), chat_template_kwargs={"add_generation_prompt": True})),
+    ("BAD_TYPE", chat(user(), assistant(), chat_template_kwargs={"bos_token": "x"})),
 ]
 
 
@@ -179,7 +204,11 @@ def test_a_row_in_another_layout_than_the_file_is_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b"\n" + chat(user(), assistant(), key="conversations") + b"\n")
     defect = read(path)[1]
-    assert (defect.code, defect.message) == ("MISSING_FIELD", "the row has no 'messages', it has 'conversations'")
+    assert defect.code == "MISSING_FIELD"
+    assert defect.message == (
+        "the row has no 'messages', it has 'conversations'; "
+        "--data_format, or --prompt_field and --response_field, say how to read it"
+    )
 
 
 def test_named_fields_become_messages(tmp_path):
