@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,17 @@ class Sample:
 class ChatRenderer:
     """Renders and encodes conversations for one tokenizer; raises ValueError for a tokenizer that cannot serve."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, train_on: str = "assistant"):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, train_on: str = "assistant", *, text_tokens: tuple[str, ...] = (),
+        vanished: str = "error", template_date: str | None = None,
+    ):  # fmt: skip
         """`train_on`: assistant turns, the last of them, those marked by `train` or `weight`, or all tokens."""
         for needed in ("chat_template", "eos_token"):
             if getattr(tokenizer, needed) is None:
                 raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no {needed}")
         self._tokenizer, self._train_on, self._template = tokenizer, train_on, ChatTemplate(tokenizer)
+        if template_date:
+            self._template._variables["strftime_now"] = datetime.fromisoformat(template_date).strftime
         self._learn_control_tokens()
         self._check_pieces()
         self.end_of_turn = self._find_end_of_turn()
