@@ -41,6 +41,7 @@ from dataset.prepare import DataOptions
 from dataset.questions import Question, questions_of
 from dataset.reader import DataError, UnsafeDataError
 from dataset.rows import FILLER, PackedRows, collate, longest_row
+from dataset.tokenizer import template_day, vocabulary_size
 from model.card import model_card
 from model.choose import (
     ModelRequest,
@@ -52,6 +53,7 @@ from model.choose import (
     load_tokenizer,
     shape_of,
     sizes_of,
+    template_hint,
 )
 from model.compile import compile_layers
 from model.export import export_model
@@ -116,7 +118,7 @@ from training.records import Meter, RunRecords, StateFile
 from training.report import reported
 from training.sinks import sink_makers
 from training.stages import Stage, check_terms, idle_flags, read_stages, weighs
-from training.start import Start, begin, decide_start, has_begun, refuse_changes, refuse_to_clear
+from training.start import Start, begin, decide_start, has_begun, refuse_changes, refuse_to_clear, with_day
 from training.state import LoopState, NonFiniteError
 from training.sums import Sums, add_to, evaluation_means, token_means
 from training.watchdog import EXIT_HANG, FIRST_FACTOR, Watchdog
@@ -434,13 +436,14 @@ def run_job(
     wanted = ModelRequest(**config.model_request)
     tokenizer_source = choose_tokenizer(config.tokenizer, wanted.from_weight)
     tokenizer = load_tokenizer(tokenizer_source, config.chat_template, wanted.trust_in(tokenizer_source))
+    config = with_day(config, start, partial(template_day, tokenizer), logger.info)
     stages = read_stages(config)
     if objective is None or config.teacher:
         check_terms(stages)
     for line in idle_flags(stages):
         logger.warning("%s", line)
     if rank == 0 and not config.skip_checks:
-        check_start(config, sizes_of(wanted, len(tokenizer)), world_size)
+        check_start(config, sizes_of(wanted, vocabulary_size(tokenizer)), world_size)
     data = load_data(
         config, stages, tokenizer, owner=local_rank == 0, echo=logger.info,
         rejects_file=save_dir / "rejects.jsonl" if keeps_records else None,
@@ -459,7 +462,7 @@ def run_job(
 
     # 3. Model
     sharded = config.strategy == "fsdp" and world_size > 1
-    model = choose_model(wanted, len(tokenizer), empty=sharded)
+    model = choose_model(wanted, vocabulary_size(tokenizer), empty=sharded)
     check_positions(model, data.train.store.lengths, config.max_seq_len)
     if config.use_compile:
         compile_layers(model)
@@ -674,12 +677,12 @@ def export_results(config: Config, store: CheckpointStore, last_step: int, expor
 
 def load_data(config: Config, stages: list[Stage], tokenizer: Any, **how: Any) -> RunData:
     """The data of a run and its stages; `how` goes to dataset.load.load_rows."""
-    settings = [(stage.config, stage.epochs) for stage in stages]
     requests = [
-        (DataRequest(**each.data_request, options=DataOptions(**each.data_options)), epochs)
-        for each, epochs in settings
+        (DataRequest(**each.config.data_request, options=DataOptions(**each.config.data_options)), each.epochs)
+        for each in stages
     ]
-    return load_rows(requests[0][0], tokenizer, stages=requests, **how)
+    with template_hint():
+        return load_rows(requests[0][0], tokenizer, stages=requests, **how)
 
 
 def rehearse(

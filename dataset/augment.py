@@ -1,4 +1,4 @@
-"""System prompts for conversations that have none, so that a model learns to answer with and without one."""
+"""System messages of conversations: given to those that have none, and moved for templates that know none."""
 
 import hashlib
 import json
@@ -46,3 +46,18 @@ class SystemPrompts:
             messages=[{"role": "system", "content": text}, *messages],
             wishes={index + 1: wish for index, wish in conversation.wishes.items()},
         )
+
+
+def system_as_user(conversation: Conversation) -> Conversation:
+    """The conversation with its system message before the text of its first question, after a blank line."""
+    messages = conversation.messages
+    first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None or messages[0]["role"] != "system":
+        return conversation
+    system, question = messages[0]["content"], messages[first]
+    said = f"{system}\n\n{question['content']}" if system.strip() else question["content"]
+    return replace(
+        conversation,
+        messages=[*messages[1:first], {**question, "content": said}, *messages[first + 1 :]],
+        wishes={index - 1: wish for index, wish in conversation.wishes.items() if index},
+    )

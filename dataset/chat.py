@@ -22,7 +22,6 @@ from dataset.vanished import missing_from
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TRAIN_ON = ("assistant", "last", "marked", "all")
-VANISHED = ("error", "warn")  # what becomes of a row of which the template leaves out what would be trained
 CLOSING = 64  # characters that a template may need to close a message
 MESSAGES_RENDERED = 500_000  # for one row, by a template that has to be run anew for each turn
 

@@ -19,11 +19,12 @@ from dataset.demo import write_demo
 from dataset.draw import DrawnRows, EpochDraw, StagedDraw
 from dataset.ledger import report_of
 from dataset.packing import plan_rows
-from dataset.prepare import DataOptions, hash_tokenizer, prepare, shuffled, split
+from dataset.prepare import DataOptions, prepare, shuffled, split
 from dataset.reader import DataError
 from dataset.rows import PackedRows, collate
 from dataset.sources import Source, find_sources
 from dataset.store import JoinedStore
+from dataset.tokenizer import hash_tokenizer
 
 DEMO = "demo"
 

@@ -5,6 +5,7 @@ this code. One process builds it and the others wait for the directory to appear
 out, a process group.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,8 +13,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,10 +27,12 @@ from dataset.control_tokens import Sample
 from dataset.files import OF_THE_FILE, RowError, read_raw_rows
 from dataset.layouts import LAYOUTS, Fields
 from dataset.ledger import Ledger, spoken
-from dataset.reader import BAD_ROWS, OVERLONG, DataError, Defect, detect_layout
+from dataset.reader import BAD_ROWS, OVERLONG, SYSTEM_AS, VANISHED, DataError, Defect, detect_layout
 from dataset.tokenise import Outcomes, Tokeniser, available_cores, in_blocks, map_in_order
+from dataset.tokenizer import hash_tokenizer, template_day, vocabulary_size
 
 VERSION = 5  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
+YOUNG = ("text_tokens", "vanished", "template_date", "system_as")  # options that stores were made without
 POLL_SECONDS = 0.2
 
 
@@ -46,15 +49,24 @@ class DataOptions:
     data_format: str = "auto"
     train_on: str = "assistant"
     system_prompts: SystemPrompts | None = None
+    text_tokens: tuple[str, ...] = ()
+    vanished: str = "error"
+    template_date: str | None = None  # that of the day on which the data is prepared
+    system_as: str = "system"
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("overlong", OVERLONG), ("bad_rows", BAD_ROWS), ("data_format", ("auto", *LAYOUTS)), ("train_on", TRAIN_ON)
+            ("overlong", OVERLONG), ("bad_rows", BAD_ROWS), ("data_format", ("auto", *LAYOUTS)), ("train_on", TRAIN_ON),
+            ("vanished", VANISHED), ("system_as", SYSTEM_AS),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         if self.data_format == "fields" and self.prompt_field is None:
             raise ValueError("data_format='fields' needs prompt_field and response_field")
+        if not all(token.strip() for token in self.text_tokens):
+            raise ValueError(f"text_tokens={self.text_tokens} has a blank token")
+        if self.template_date is not None and not _is_day(self.template_date):
+            raise ValueError(f"template_date={self.template_date!r} must be a day, YYYY-MM-DD")
         if self.max_seq_len < 1:
             raise ValueError(f"max_seq_len={self.max_seq_len} must be at least 1")
         self.fields()
@@ -74,10 +86,9 @@ def prepare(
     TimeoutError after timeout_seconds. Raises DataError with all defects when the data cannot be trained as asked.
     Who prepares many files hashes the tokenizer once: `tokenizer_hashes` is what hash_tokenizer gives.
     """
-    path = Path(path)
+    path, options = Path(path), replace(options, template_date=template_day(tokenizer, options.template_date))
     fingerprints = {"content": _hash_file(path), **(tokenizer_hashes or hash_tokenizer(tokenizer))}
-    key = json.dumps([VERSION, store.FORMAT, asdict(options), fingerprints], sort_keys=True)
-    directory = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()
+    directory = Path(cache_dir) / _name_of_store(options, fingerprints)
     if not owner:
         _wait_for(directory, timeout_seconds)
     elif store.is_intact(directory):
@@ -140,18 +151,21 @@ def _mix(numbers: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """Hashes of all of a tokenizer that decides tokens; a large vocabulary takes a second."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return {
-        "tokenizer": _hash_json([backend, special]),
-        "template": _hash_json(tokenizer.chat_template),
+def _name_of_store(options: DataOptions, fingerprints: dict[str, str]) -> str:
+    """A hash of all that decides a store; an option of later times at its default does not change it."""
+    told = {
+        name: value
+        for name, value in asdict(options).items()
+        if name not in YOUNG or value != getattr(DataOptions, name)
     }
+    key = json.dumps([VERSION, store.FORMAT, told, fingerprints], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _is_day(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return date.fromisoformat(text).isoformat() == text
+    return False
 
 
 def _hash_file(path: Path) -> str:
@@ -177,10 +191,14 @@ def _build(
     layout = detect_layout(path, options.fields(), options.data_format)
     started, ledger = time.monotonic(), Ledger()
     echo(f"{path}: read as {LAYOUTS[layout].spoken}")
-    tokeniser = Tokeniser(ChatRenderer(tokenizer, options.train_on), layout, options.fields(), options.system_prompts)
+    renderer = ChatRenderer(
+        tokenizer, options.train_on,
+        text_tokens=options.text_tokens, vanished=options.vanished, template_date=options.template_date,
+    )  # fmt: skip
+    tokeniser = Tokeniser(renderer, layout, options.fields(), options.system_prompts, options.system_as)
     store.sweep(directory.parent)
     bar = tqdm(desc=path.name, unit=" rows", disable=None, leave=False)  # None: only on a terminal
-    with bar, store.StoreWriter(directory, len(tokenizer)) as writer:
+    with bar, store.StoreWriter(directory, vocabulary_size(tokenizer)) as writer:
         for outcomes in map_in_order(tokeniser, in_blocks(read_raw_rows(path)), processes):
             for line, sample in _kept(outcomes, str(path), options, ledger):
                 writer.add(sample.ids, sample.supervised, line, row=ledger.read)

@@ -13,6 +13,8 @@ from dataset.messages import Message, as_json, objects, parse_message
 
 OVERLONG = ("error", "drop", "truncate")  # what may become of a sample that is longer than a row
 BAD_ROWS = ("error", "skip")  # and of a row that cannot be trained
+VANISHED = ("error", "warn")  # and of one whose answer the chat template does not write
+SYSTEM_AS = ("system", "user")  # where a system message stands
 DETECTION_ROWS = 100
 FOLLOWS = {  # which roles may come after which; "" is the start of the conversation
     "": ("system", "user"),

@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from dataset.augment import SystemPrompts
+from dataset.augment import SystemPrompts, system_as_user
 from dataset.chat import ChatRenderer
 from dataset.control_tokens import Sample
 from dataset.files import RawRow, RowError, parse_row
@@ -37,6 +37,7 @@ class Tokeniser:
     layout: str
     fields: Fields
     system_prompts: SystemPrompts | None = None
+    system_as: str = "system"
 
     def __call__(self, block: Block) -> Outcomes:
         parsed = [self._parse(line, raw) for line, raw in block]
@@ -49,7 +50,8 @@ class Tokeniser:
     def _parse(self, line: int, raw: RawRow) -> Conversation | RowError:
         try:
             conversation = parse_conversation(line, parse_row(raw), self.layout, self.fields)
-            return self.system_prompts.add_to(conversation) if self.system_prompts else conversation
+            conversation = self.system_prompts.add_to(conversation) if self.system_prompts else conversation
+            return system_as_user(conversation) if self.system_as == "user" else conversation
         except RowError as error:
             return error
 

@@ -1,9 +1,10 @@
 """From the model flags of a run to its model and tokenizer: the calls that the trainer and the other entries make."""
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,16 @@ logger = logging.getLogger("train")
 NEW = "none"
 NO_BOUND = 2**20
 OWN_TOKENIZER = Path(__file__).resolve().parent / "tokenizer"
+OWN_TEMPLATES = Path(__file__).resolve().parent / "templates"
+# Our chat templates, with the marks that a tokenizer must have for them.
+TEMPLATES = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": ("[INST]", "[/INST]"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "plain": (),
+}
+TEMPLATE_HINT = f"name one with --chat_template FILE, or one of: {', '.join(TEMPLATES)}"
 
 
 def choose_tokenizer(tokenizer: str | None, from_weight: str) -> str:
@@ -43,9 +54,10 @@ def choose_tokenizer(tokenizer: str | None, from_weight: str) -> str:
 
 
 def load_tokenizer(source: str, chat_template: str | None = None, trust: Trust = NO_TRUST) -> PreTrainedTokenizerFast:
-    """The tokenizer, with the template in the file `chat_template`; ValueError where there is no fast tokenizer.
+    """The tokenizer, with the template that `chat_template` names, one of ours or a file.
 
-    Raises UnsafeModelError where that is a program.
+    Raises ValueError where there is no fast tokenizer, no such template, or one that the tokenizer lacks marks for;
+    UnsafeModelError where the tokenizer is a program.
     """
     try:
         refuse_unsafe_tokenizer(source, trust)
@@ -59,11 +71,35 @@ def load_tokenizer(source: str, chat_template: str | None = None, trust: Trust =
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer in {source} has no tokenizer.json, which this kit needs")
     if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--chat_template {chat_template}: cannot be read: {error}") from None
+        tokenizer.chat_template = _read_template(chat_template)
+        vocabulary = tokenizer.get_vocab()
+        if missing := [mark for mark in TEMPLATES.get(chat_template, ()) if mark not in vocabulary]:
+            raise ValueError(
+                f"--chat_template {chat_template}: the tokenizer in {source} has no token {', '.join(missing)}; "
+                "--chat_template plain needs none but its end of sequence"
+            )
     return tokenizer
+
+
+def _read_template(named: str) -> str:
+    path = OWN_TEMPLATES / f"{named}.jinja" if named in TEMPLATES else Path(named)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"--chat_template {named}: neither a file nor one of {', '.join(TEMPLATES)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat_template {named}: cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def template_hint() -> Iterator[None]:
+    """Tells whoever misses a chat template in this block where to take one from."""
+    try:
+        yield
+    except ValueError as error:
+        if "has no chat_template" in str(error):
+            error.args = (f"{error}: {TEMPLATE_HINT}",)
+        raise
 
 
 @dataclass

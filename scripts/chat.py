@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.evaluate import chat_tokenizer, exit_code_of, positive
+from dataset.reader import SYSTEM_AS
+from scripts.evaluate import chat_tokenizer, day_of_run, exit_code_of, positive
 
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character while its last ones are missing
@@ -27,7 +28,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("directory", metavar="DIR", type=Path, help="exported model (runs/x/final) or run (runs/x)")
     flag("--prompt", metavar="TEXT", action="append", help="answer this and leave; again for the next turn of the talk")
     flag("--system", metavar="TEXT", help="system message that the conversation begins with")
-    flag("--chat_template", metavar="FILE", help="Jinja chat template, instead of the one in DIR")
+    flag("--system_as", choices=SYSTEM_AS, default=SYSTEM_AS[0], help="where it stands: user = before the first prompt")
+    flag("--chat_template", metavar="FILE", help="chat template instead of that in DIR: a Jinja file, or one of ours")
     flag("--temperature", metavar="X", type=float, default=0.0, help="0 = always the likeliest token (default)")
     flag(
         "--top_p",
@@ -90,14 +92,18 @@ class Talk:
     max_new_tokens: int
     first: list[dict[str, str]]
     messages: list[dict[str, str]]
+    system_as: str = "system"
 
     def answer(self, text: str, interruptible: bool) -> None:
         """Write the answer as it comes and remember it. Raises ValueError where the context has no room for one."""
+        from dataset.augment import system_as_user
+        from dataset.reader import Conversation
         from model.choose import known_positions
         from model.generate import generate_stream
 
         asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = self.renderer.prompt_ids(asked)
+        shown = system_as_user(Conversation(0, asked)).messages if self.system_as == "user" else asked
+        prompt = self.renderer.prompt_ids(shown)
         context = known_positions(self.model)
         room = context + 1 - len(prompt)  # the last new token is never read, so it takes no position
         if room < 1:
@@ -129,6 +135,7 @@ class Talk:
 def load(options: argparse.Namespace) -> Talk:
     """Raises ValueError that says what is wrong with a flag or with the directory."""
     from dataset.chat import ChatRenderer
+    from dataset.tokenizer import template_day
     from model.choose import exported_directory
     from model.generate import Sampling
     from model.loading import load_model
@@ -147,7 +154,8 @@ def load(options: argparse.Namespace) -> Talk:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     hint(f"{directory}: {parameters:,} parameters on {device}" + ("" if options.prompt else f"; {COMMANDS}"))
     first = [{"role": "system", "content": options.system}] if options.system else []
-    return Talk(model, tokenizer, ChatRenderer(tokenizer), sampling, options.max_new_tokens, first, first)
+    renderer = ChatRenderer(tokenizer, template_date=template_day(tokenizer, day_of_run(directory)))
+    return Talk(model, tokenizer, renderer, sampling, options.max_new_tokens, first, first, options.system_as)
 
 
 def read_line() -> str | None:

@@ -210,6 +210,7 @@ def good_version(place: Place, step: int | None) -> Path:
 def export(place: Place, options: argparse.Namespace) -> int:
     import torch
 
+    from dataset.tokenizer import vocabulary_size
     from model.card import model_card
     from model.choose import NEW, ModelRequest, choose_model, choose_tokenizer, load_tokenizer
     from model.export import export_model
@@ -227,7 +228,7 @@ def export(place: Place, options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(source, settings["chat_template"], wanted.trust_in(source))
     if wanted.from_weight == NEW:
         wanted.shape = {name: settings.get(name) for name in SHAPE_FLAGS}
-    model = choose_model(wanted, len(tokenizer), empty=True)
+    model = choose_model(wanted, vocabulary_size(tokenizer), empty=True)
     if model.adapters:
         model.adapters.check_base(state["base_digest"])
     shards = open_shards(checkpoint, "model")

@@ -153,6 +153,7 @@ def check_nodes(save_dir: Path, nodes: int, answers: dict[int, float]) -> list[F
 
 
 def sizes_of_run(config: Config) -> tuple[Sizes | None, list[Finding]]:
+    from dataset.tokenizer import vocabulary_size
     from model.choose import ModelRequest, choose_tokenizer, load_tokenizer, sizes_of
 
     try:
@@ -162,7 +163,7 @@ def sizes_of_run(config: Config) -> tuple[Sizes | None, list[Finding]]:
             return None, [Finding(OK, "model", words)]
         source = choose_tokenizer(config.tokenizer, wanted.from_weight)
         tokenizer = load_tokenizer(source, config.chat_template, wanted.trust_in(source))
-        sizes = sizes_of(wanted, len(tokenizer))
+        sizes = sizes_of(wanted, vocabulary_size(tokenizer))
     except (OSError, ValueError) as error:
         return None, [Finding(ERROR, "model", str(error), "see --from_weight, --tokenizer, --chat_template")]
     if sizes is None:

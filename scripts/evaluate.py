@@ -7,6 +7,7 @@ Prompts are cut out of the token store that training and validation read, so the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
 import sys
@@ -18,11 +19,13 @@ from typing import Any, NamedTuple
 
 from dataset.files import read_rows
 from dataset.layouts import LAYOUTS
-from dataset.reader import BAD_ROWS, OVERLONG, DataError, UnsafeDataError
+from dataset.reader import BAD_ROWS, OVERLONG, SYSTEM_AS, VANISHED, DataError, UnsafeDataError
 from model.trust import Trust, UnsafeModelError
 from training.config import Config
 from training.files import replace_json
+from training.flags import is_day
 from training.metrics import strict
+from training.yaml_files import parse_yaml
 
 NUMBER = re.compile(r"(?:(?<![0-9])-)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 ROW_TOKENS = 4096  # of a row when the loss is measured, unless one sample is longer
@@ -51,9 +54,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--data_path", metavar="FILE", default="demo", help="JSONL file, or 'demo': the held-out part of it (default)")
     for name in ("prompt_field", "response_field", "system_field"):
         flag(f"--{name}", metavar="NAME", help=f"name of the {name.replace('_', ' ')} in rows without messages")
-    for name, choices in (("data_format", ("auto", *LAYOUTS)), ("bad_rows", BAD_ROWS), ("overlong", OVERLONG)):
+    for name, choices in (
+        ("data_format", ("auto", *LAYOUTS)), ("bad_rows", BAD_ROWS), ("overlong", OVERLONG), ("vanished", VANISHED),
+        ("system_as", SYSTEM_AS),
+    ):  # fmt: skip
         flag(f"--{name}", choices=choices, default=choices[0], help=f"as in training (default {choices[0]})")
-    flag("--chat_template", metavar="FILE", help="Jinja chat template, instead of the one in DIR")
+    flag("--text_tokens", metavar="LIST", default="", help="as in training")
+    flag("--chat_template", metavar="FILE", help="chat template instead of that in DIR: a Jinja file, or one of ours")
     flag("--limit", metavar="N", type=positive, help="only N conversations, spread evenly over the file")
     flag("--numbers", action="store_true", help="also compare the numbers that answers come to, as GSM8K ends with")
     flag("--max_new_tokens", metavar="N", type=positive, default=512, help="longest answer in tokens (default 512)")
@@ -75,12 +82,21 @@ def exit_code_of(error: ValueError | OSError) -> int:
 
 def chat_tokenizer(directory: Path, chat_template: str | None, trust: Trust) -> Any:
     """The tokenizer of a directory with that template or its own. Raises ValueError where there is neither."""
-    from model.choose import load_tokenizer
+    from model.choose import TEMPLATE_HINT, load_tokenizer
 
     tokenizer = load_tokenizer(str(directory), chat_template, trust)
     if tokenizer.chat_template is None:
-        raise ValueError(f"{directory} has no chat template: name one with --chat_template FILE")
+        raise ValueError(f"{directory} has no chat template: {TEMPLATE_HINT}")
     return tokenizer
+
+
+def day_of_run(directory: Path) -> str | None:
+    """The day that the chat template wrote in the run that a directory is of, where its config.yaml says so."""
+    with contextlib.suppress(OSError, ValueError):
+        settings = parse_yaml((directory.parent / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
+        day = settings.get("template_date") if isinstance(settings, dict) else None
+        return day if isinstance(day, str) and is_day(day) else None
+    return None
 
 
 def spread(items: list[Any], count: int) -> list[Any]:
@@ -189,6 +205,8 @@ def evaluate(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     wanted = DataOptions(
         options.prompt_field, options.response_field, options.system_field, max_seq_len=context,
         data_format=options.data_format, bad_rows=options.bad_rows, overlong=options.overlong,
+        text_tokens=Config(text_tokens=options.text_tokens).data_options["text_tokens"], vanished=options.vanished,
+        system_as=options.system_as, template_date=day_of_run(directory),
     )  # fmt: skip
     store = prepare(path, tokenizer, wanted, options.cache_dir, echo=lambda line: print(line, file=sys.stderr))
     cases = read_cases(path, store, options.limit)

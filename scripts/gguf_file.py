@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from dataset.chat import ChatRenderer
+from dataset.tokenizer import vocabulary_size
 from model.decoder import Decoder, DecoderConfig
 from model.families import family_of
 from model.rope import rotary_frequencies
@@ -196,8 +197,8 @@ def tokenizer_problems(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> l
     """What of a tokenizer llama.cpp would do otherwise."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     problems = []
-    if len(tokenizer) > vocab_size:
-        problems.append(f"the tokenizer has {len(tokenizer)} entries, the vocabulary of the model {vocab_size}")
+    if (needed := vocabulary_size(tokenizer)) > vocab_size:
+        problems.append(f"the tokenizer has {needed} entries, the vocabulary of the model {vocab_size}")
     if parts["model"]["type"] != "BPE" or pre_tokenizer_of(parts) is None:
         known = ", ".join(PRE_TOKENIZERS)
         problems.append(f"the tokenizer cuts text in a way that is none of llama.cpp's {known}; {STOCK}")

@@ -35,6 +35,7 @@ def weights_of_terms(loss_weights: str, alpha: float | None) -> str:
 def distill(config: Config) -> dict[str, Any]:
     """`train_full_sft.run` with a teacher. Raises what that raises, and ValueError for a teacher that does not fit."""
     import train_full_sft
+    from dataset.tokenizer import vocabulary_size
     from model.choose import (
         ModelRequest,
         choose_model,
@@ -69,7 +70,7 @@ def distill(config: Config) -> dict[str, Any]:
     source, wanted = weights_source(config.teacher), ModelRequest(**config.model_request)
     tokenizer_source = choose_tokenizer(config.tokenizer, wanted.from_weight)
     tokenizer = load_tokenizer(tokenizer_source, config.chat_template, wanted.trust_in(tokenizer_source))
-    student = choose_model(wanted, len(tokenizer), empty=True)
+    student = choose_model(wanted, vocabulary_size(tokenizer), empty=True)
     teacher = load_model(source)
     check_teacher(student, teacher, tokenizer, load_tokenizer(source))
     known = min(known_positions(teacher), positions_of_one(teacher))

@@ -337,8 +337,9 @@ def test_a_model_without_a_template_needs_one(of_others, capsys, tmp_path):
     answer = capsys.readouterr().out
     assert main(words) == 2
     assert "has no chat template" in (told := capsys.readouterr().err) and "--chat_template FILE" in told
+    assert told.endswith("or one of: chatml, llama3, mistral, gemma, plain\n")
     (tmp_path / "template.jinja").write_text(LLAMA_2_LIKE)
     assert main([*words, "--chat_template", str(tmp_path / "template.jinja")]) == 0
     assert capsys.readouterr().out == answer
     assert main([*words, "--chat_template", str(tmp_path / "none.jinja")]) == 2
-    assert "none.jinja: cannot be read" in capsys.readouterr().err
+    assert "none.jinja: neither a file nor one of chatml, llama3" in capsys.readouterr().err

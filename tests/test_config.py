@@ -256,6 +256,7 @@ def test_a_saved_configuration_with_other_values_everywhere_reads_back_equal(tmp
     apart = {"overwrite", "init", "optimizer", "system_field", "cpu_offload", "shard_size", "strategy", "data_format"}
     apart |= {"gradient_penalty", "trust_remote_code", "param_dtype"}
     values = {f.name: other_value(f) for f in fields(Config) if f.name not in alternatives | apart}
+    values["template_date"] = "2026-01-30"
     config = make_config(values)
     assert all(getattr(config, f.name) != f.default for f in fields(Config) if f.name in values)
     saved = tmp_path / "config.yaml"

@@ -295,7 +295,7 @@ def test_a_template_and_system_prompts_come_from_files(tmp_path, rows):
     assert train(1, tmp_path / "run", **flags) == [0], log_of(tmp_path / "run")
     assert (tmp_path / "run" / "final" / "chat_template.jinja").read_text() == template.read_text()
     assert train(1, tmp_path / "no", **{**flags, "chat_template": "none.jinja"}) == [2]
-    assert "--chat_template none.jinja: cannot be read" in log_of(tmp_path / "no")
+    assert "--chat_template none.jinja: neither a file nor one of chatml, llama3" in log_of(tmp_path / "no")
 
 
 def test_paths_to_resume_from_are_checked_first(tmp_path, rows, finished):

@@ -6,12 +6,16 @@ import shutil
 import pytest
 import torch
 
-from model.choose import ModelRequest, choose_model, fill_model
+from dataset.prepare import DataOptions, prepare
+from dataset.tokenizer import vocabulary_size
+from model.choose import ModelRequest, choose_model, fill_model, load_tokenizer
 from model.decoder import Decoder
 from model.export import export_model
 from model.parts import whole
 from model.vocabulary import grow, mean_row
-from tests.small_world import TINY, result_of, resume_from, train, write_rows
+from scripts.chat import main as chat
+from scripts.checkpoints import main as checkpoints
+from tests.small_world import TINY, log_of, result_of, resume_from, train, write_rows
 from tests.test_export import TOKENIZER
 from tests.tiny_model import foreign, logits_of, pack, tiny, tokens
 
@@ -116,3 +120,33 @@ def test_a_run_with_new_tokens_resumes_exactly_whole_and_shared(tmp_path):
         [r["train/loss"] for r in result_of(tmp_path / s)["records"] if "train/loss" in r] for s in ("ddp", "fsdp")
     ]
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=1e-5)
+
+
+def test_a_tokenizer_with_holes_in_its_ids_is_trained_exported_and_read_again(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    holed = tmp_path / "tokenizer"
+    shutil.copytree(TOKENIZER, holed)
+    parts = json.loads((holed / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = parts["model"]["vocab"]
+    parts["model"]["vocab"] = {token: number + 70_000 * (number >= 300) for token, number in vocabulary.items()}
+    (holed / "tokenizer.json").write_text(json.dumps(parts, ensure_ascii=False), encoding="utf-8")
+    tokenizer = load_tokenizer(str(holed))
+    assert (len(tokenizer), vocabulary_size(tokenizer)) == (6400, 76_400)
+    assert vocabulary_size(load_tokenizer(str(TOKENIZER))) == 6400
+    rows = write_rows(tmp_path / "rows.jsonl", 8)
+    ids, _ = prepare(rows, tokenizer, DataOptions(), tmp_path / "cache", echo=lambda _: None).tokens(0)
+    assert ids.max() >= 70_300 and "user\nSay" in tokenizer.decode(ids)
+
+    run, flags = tmp_path / "run", {"data_path": str(rows), "max_steps": 1}
+    assert train(1, run, **flags, tokenizer=str(holed)) == [0], log_of(run)
+    again, model = AutoTokenizer.from_pretrained(run / "final"), AutoModelForCausalLM.from_pretrained(run / "final")
+    assert again.get_vocab() == tokenizer.get_vocab() and model.config.vocab_size == 76_400
+    assert checkpoints(["export", str(run), "--out", str(tmp_path / "export")]) == 0
+    assert chat([str(run), "--prompt", "Say 1", "--max_new_tokens", "2", "--device", "cpu"]) == 0
+
+    foreign(tmp_path / "model", "Mistral", vocab_size=6400, max_position_embeddings=128)  # enough for as many entries
+    shape = {name: None for name in TINY if name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    flags |= {**shape, "intermediate_size": None, "dropout": 0, "from_weight": str(tmp_path / "model")}
+    assert train(1, tmp_path / "grown", **flags, tokenizer=str(holed)) == [0], log_of(tmp_path / "grown")
+    assert json.loads((tmp_path / "grown" / "final" / "config.json").read_text())["vocab_size"] == 76_400

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.flags import AUTO, INTERVAL, ConfigError, convert, did_you_mean, field_problems, flag
+from training.flags import AUTO, INTERVAL, ConfigError, convert, did_you_mean, field_problems, flag, is_day
 from training.weights import parse_loss_weights
 
 ALLOWED_CHANGES = (
@@ -44,6 +44,7 @@ PRESET_EXPERTS = 8  # of --use_moe; the model derives the rest
 
 DATA_FLAGS = (
     "prompt_field", "response_field", "system_field", "max_seq_len", "overlong", "bad_rows", "data_format", "train_on",
+    "text_tokens", "vanished", "template_date", "system_as",
 )  # fmt: skip
 REQUEST_FLAGS = (
     "data_path", "val_data_path", "val_fraction", "seed", "packing", "repack", "files_per_epoch", "file_fraction",
@@ -71,6 +72,10 @@ class Config:
     val_fraction: float = flag(0.0, "share of --data_path held out for validation", group="data", minimum=0, maximum=0.5)
     data_format: str = flag("auto", "layout of the rows", group="data", choices=("auto", "messages", "sharegpt", "conversations", "alpaca", "prompt", "text", "fields"))
     train_on: str = flag("assistant", "what is trained: assistant turns, the last one, those that say so, all tokens", group="data", choices=("assistant", "last", "marked", "all"))
+    text_tokens: str = flag("", "comma-separated control tokens that data may write as tokens, in any text", group="data")
+    vanished: str = flag("error", "what to do where the chat template writes nothing of what would be trained", group="data", choices=("error", "warn"))
+    template_date: str | None = flag(None, "day, YYYY-MM-DD, that a chat template which writes today's date is given (default: that of the first start, kept by a resume)", group="data")
+    system_as: str = flag("system", "where a system message stands: user = before the text of the first question, for templates without a system role", group="data", choices=("system", "user"))
     system_prompts: str | None = flag(None, "file of system prompts, one per line, for conversations without one", group="data")
     system_prompt_ratio: float = flag(0.2, "share of those conversations that get one", group="data", above=0, maximum=1)
     prompt_field: str | None = flag(None, "name of the prompt field in rows without messages", group="data")
@@ -95,7 +100,7 @@ class Config:
     revision: str | None = flag(None, "revision of the Hub id in --from_weight (branch, tag or commit), also for its tokenizer", group="model")
     trust_remote_code: bool = flag(False, "run the code that --from_weight brings along; of a Hub id only with a commit of 40 hex digits as --revision", group="model")
     tokenizer: str | None = flag(None, "tokenizer directory or Hub id (default: that of --from_weight, else model/tokenizer)", group="model")
-    chat_template: str | None = flag(None, "file with a Jinja chat template, instead of the tokenizer's own", group="model")
+    chat_template: str | None = flag(None, "chat template instead of the tokenizer's own: a Jinja file, or one of ours (chatml, llama3, mistral, gemma, plain)", group="model")
     hidden_size: int | None = flag(None, "width of the model, default 512", group="model", minimum=1)
     num_hidden_layers: int | None = flag(None, "layers, default 8", group="model", minimum=1)
     num_attention_heads: int | None = flag(None, "attention heads, default 8", group="model", minimum=1)
@@ -224,6 +229,10 @@ class Config:
             problems.append("--data_format fields needs --prompt_field and --response_field")
         if self.system_field and not self.prompt_field:
             problems.append("--system_field needs --prompt_field and --response_field")
+        if self.text_tokens and not all(self._text_tokens):
+            problems.append(f"--text_tokens {self.text_tokens}: a name between two commas is blank")
+        if self.template_date is not None and not is_day(self.template_date):
+            problems.append(f"--template_date {self.template_date}: write a day as YYYY-MM-DD")
         if self.warmup_steps and self.warmup_ratio:
             problems.append("--warmup_steps and --warmup_ratio are both given: choose one")
         for name in ("epochs", "max_steps"):
@@ -336,7 +345,11 @@ class Config:
     @property
     def data_options(self) -> dict[str, Any]:
         """How a data file is read."""
-        return {name: getattr(self, name) for name in DATA_FLAGS}
+        return {name: getattr(self, name) for name in DATA_FLAGS} | {"text_tokens": self._text_tokens}
+
+    @property
+    def _text_tokens(self) -> tuple[str, ...]:
+        return tuple(token.strip() for token in self.text_tokens.split(",")) if self.text_tokens else ()
 
     @property
     def data_request(self) -> dict[str, Any]:

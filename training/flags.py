@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -9,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import field
+from datetime import date
 from typing import Any
 
 AUTO = 0  # a batch size that is found before the first step
@@ -93,6 +95,13 @@ def field_problems(f: dataclasses.Field[Any], value: Any) -> list[str]:
     if m["maximum"] is not None and value > m["maximum"]:
         return [f"--{f.name} {value}: must be at most {m['maximum']}"]
     return []
+
+
+def is_day(text: str) -> bool:
+    """Whether a text is a day of the calendar, written YYYY-MM-DD."""
+    with contextlib.suppress(ValueError):
+        return date.fromisoformat(text).isoformat() == text  # which can be written in other ways too
+    return False
 
 
 def did_you_mean(name: str, known: Iterable[str], dashes: str = "") -> str:

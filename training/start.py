@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from training.checkpoints import MANIFEST, TRAINER_STATE, CheckpointStore
+from training.config import Config
 from training.files import remove, replace_json
 
 logger = logging.getLogger("train")
@@ -106,6 +108,35 @@ def begin(save_dir: Path, clears: bool) -> None:
         replace_json(save_dir / JOB, {"name": job_name()})
     except OSError as error:  # a restart would then do what the flags say
         logger.warning("the run goes on without a note of its job: %s", error)
+
+
+def with_day(
+    config: Config, start: Start, day_of: Callable[[str | None], str | None], say: Callable[[str], None]
+) -> Config:
+    """The configuration with the day that its chat template writes, the same for all of a run, or with none.
+
+    It is what the flag says, else that of the run that is resumed, else today. `day_of(named)` knows the template: it
+    gives `named` or today, or None where no day is written.
+    """
+    recorded = _recorded_day(Path(config.save_dir), start) if start.resumes else None
+    day = day_of(config.template_date or recorded)
+    if day:
+        say(f"the chat template writes the date: {day} in all samples (--template_date names another)")
+    elif config.template_date:
+        say(f"--template_date {config.template_date} does nothing: the chat template writes no date")
+    return replace(config, template_date=day)
+
+
+def _recorded_day(save_dir: Path, start: Start) -> str | None:
+    """The day in the checkpoint to go on from, read before its weights are checked; older versions recorded none."""
+    store = CheckpointStore(save_dir / "checkpoints")
+    own = [store.path(step) for step in reversed(store.steps())]
+    for checkpoint in [start.checkpoint] if start.checkpoint else own:
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+            day = state["config"].get("template_date")
+            return None if day is None else str(day)
+    return None
 
 
 def refuse_changes(saved: dict[str, Any], current: dict[str, Any], allowed: list[str]) -> list[str]:
