@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -159,10 +158,5 @@ def real(directory: Path, only: str = "") -> Iterator[Case]:
 
 def added(tokenizer: PreTrainedTokenizerFast) -> dict[int, AddedToken]:
     """The added tokens that are more than runs of space, by id."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return {
-        token["id"]: AddedToken(token["content"], **{flag: token[flag] for flag in flags})
-        for token in backend["added_tokens"]
-        if token["content"].strip()
-    }
+    tokens = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return {number: token for number, token in tokens.items() if token.content.strip()}

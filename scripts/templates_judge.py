@@ -329,9 +329,7 @@ class Judgement:
     def _marks(self, text: bytes) -> list[int]:
         """The ends of the tokens in a text that may end a turn."""
         shown = text.decode(errors="replace")
-        tokens = sorted((token.content for token in self.oracle.added.values()), key=len, reverse=True)
-        found = re.finditer("|".join(map(re.escape, tokens)), shown) if tokens else ()
-        return [len(shown[: match.end()].encode()) for match in found if match[0].strip()]
+        return [len(shown[: match.end()].encode()) for match in self.oracle.mark.finditer(shown)]
 
     def _check_stable(self, turn: int, begin: int) -> None:
         """A turn that is trained in the middle has to read as it did when the model had to write it."""

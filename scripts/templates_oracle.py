@@ -97,12 +97,13 @@ class Oracle:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, twin: str | None = None):
         self.tokenizer, self.twin, self.added = tokenizer, twin, added(tokenizer)
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        self.byte_level = "ByteLevel" in json.dumps(backend["decoder"])
+        self.byte_level = b"ByteLevel" in tokenizer.backend_tokenizer.decoder.__getstate__()  # its JSON
         self._texts: dict[str, str | Exception] = {}
         self._references: dict[str, list[Reference]] = {}
         self._spans: dict[str, Any] = {}
         self.why = ""  # the last conversation could not be rendered
+        tokens = sorted((re.escape(token.content) for token in self.added.values()), key=len, reverse=True)
+        self.mark = re.compile("|".join(tokens) or r"(?!)")
         self.structure = self._structure()
 
     def _structure(self) -> set[int]:

@@ -22,6 +22,7 @@ from dataset.layouts import Fields
 from dataset.reader import parse_conversation
 from scripts.templates_families import Case, real, twins
 from scripts.templates_judge import RIGHT, SPOKEN, WRONG, Verdict, judge
+from scripts.templates_minimind import END, compare
 from scripts.templates_oracle import Oracle
 from scripts.templates_shapes import PLAIN, Row, shapes
 
@@ -146,10 +147,25 @@ def run(cases: Iterable[Case]) -> list[Line]:
     return lines
 
 
+def compare_with_minimind(directory: Path, data: Path) -> int:
+    try:
+        found = compare(directory, data)
+    except OSError as error:
+        print(f"error: --minimind {directory}, --data {data}: {error}", file=sys.stderr)
+        return 2
+    for kind, counts in found.items():
+        print(f"{kind}: {', '.join(f'{count} {what}' for what, count in counts.most_common())}")
+    return int(any(what not in ("same", END) for counts in found.values() for what in counts))
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.templates_table", description=__doc__.split(":")[0] + ".")
     parser.add_argument("--templates", metavar="DIR", type=Path, help="real templates (DIR/templates/*.jinja) on the "
                         "real vocabularies DIR/ggml-vocab-*.gguf; `make templates` fetches both")  # fmt: skip
+    parser.add_argument("--minimind", metavar="DIR", type=Path, help="compare with the labels of MiniMind's own code, "
+                        "from a checkout of it, on its tokenizer and template; no page is written")  # fmt: skip
+    parser.add_argument("--data", metavar="DIR", type=Path, default=Path("../shared/data"), help="GSM8K and tool "
+                        "dialogues for --minimind (default ../shared/data)")  # fmt: skip
     parser.add_argument("--only", metavar="REGEX", default="", help="templates whose name has it; no page is written")
     parser.add_argument("--out", metavar="FILE", type=Path, default=OUT, help=f"page to renew (default {OUT})")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything that was found here")
@@ -158,6 +174,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    if options.minimind:
+        return compare_with_minimind(options.minimind, options.data)
     part = "real" if options.templates else "twins"
     try:
         page = options.out.read_text(encoding="utf-8")
