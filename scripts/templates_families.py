@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model.choose import OWN_TOKENIZER, load_tokenizer
@@ -108,6 +108,21 @@ def byte_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
     return with_marks(backend, name, template)
 
 
+def piece_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
+    """A vocabulary as SentencePiece makes it: a text begins with a space of its own, and unknown letters are bytes."""
+    letters = [chr(value) for value in range(33, 127)] + ["▁"]
+    pairs = [("▁", "▁"), ("▁", "P"), ("▁", "C"), ("▁", "w"), ("a", "r"), ("i", "n")]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256)), *letters]
+    vocabulary = {word: at for at, word in enumerate([*words, *(left + right for left, right in pairs)])}
+    model = models.BPE(vocab=vocabulary, merges=pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_tokens([AddedToken(word, special=True, normalized=False) for word in words[:3]])
+    return with_marks(backend, name, template, unk_token="<unk>")
+
+
 def with_marks(backend: Tokenizer, name: str, template: str, **special: str | None) -> PreTrainedTokenizerFast:
     """A tokenizer of a vocabulary with the template and those of its marks that the vocabulary lacks."""
     _, eos, bos = family_of(name)
@@ -139,10 +154,18 @@ def twins() -> Iterator[Case]:
     own: Any = load_tokenizer(str(OWN_TOKENIZER))
     yield Case("the kit's own", own, marks=tuple(marks_of("", own.chat_template)))
     for file in sorted(files):
-        if (twin := file.replace(".jinja", "_training.jinja")) in files:
-            name, template = file.removesuffix(".jinja"), files[file].read_text(encoding="utf-8")
-            tokenizer = byte_tokenizer(name, template)
-            yield Case(name, tokenizer, files[twin].read_text(encoding="utf-8"), tuple(marks_of(name, template)))
+        if (twin := file.replace(".jinja", "_training.jinja")) not in files:
+            continue
+        name, template = file.removesuffix(".jinja"), files[file].read_text(encoding="utf-8")
+        made = {name: byte_tokenizer(name, template)}
+        if name in ("qwen3", "llama3"):  # as their base models have it: another token ends a text
+            made[f"{name}, base"] = other = byte_tokenizer(name, template)
+            other.add_special_tokens({"eos_token": "<|endoftext|>"})
+        if name in ("gemma", "phi3", "llava_next"):
+            made[f"{name}, SentencePiece"] = piece_tokenizer(name, template)
+        for title, tokenizer in made.items():
+            marks = tuple(marks_of(name, template))
+            yield Case(title, tokenizer, files[twin].read_text(encoding="utf-8"), marks)
 
 
 def real(directory: Path, only: str = "") -> Iterator[Case]:

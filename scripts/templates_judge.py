@@ -32,6 +32,7 @@ class Verdict:
     spoken: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)  # named ones, which are no fault
     code: str = ""  # of a refusal
+    impossible: bool = False  # refused, and transformers cannot render it either
 
 
 def turns_to_train(messages: Messages, wishes: dict[int, bool], train_on: str) -> list[int]:
@@ -43,14 +44,15 @@ def turns_to_train(messages: Messages, wishes: dict[int, bool], train_on: str) -
 def judge(oracle: Oracle, conversation: Any, train_on: str, result: Any) -> Verdict:
     """`result` is a list of samples, or the error by which the row was refused."""
     verdict = Verdict()
+    messages, tools = conversation.messages, conversation.tools
+    trained = turns_to_train(messages, conversation.wishes, train_on)
     if isinstance(result, Exception):
         verdict.code = getattr(result, "code", type(result).__name__)
         verdict.kind, verdict.spoken = SPOKEN, [f"{verdict.code}: {result}"]
         if not str(result).strip():
             verdict.kind, verdict.wrong = WRONG, ["refused without a reason"]
+        verdict.impossible = not oracle.references(messages[: trained[-1] + 1], tools)
         return verdict
-    messages, tools = conversation.messages, conversation.tools
-    trained = turns_to_train(messages, conversation.wishes, train_on)
     if not oracle.references(messages[: trained[-1] + 1], tools):
         verdict.wrong.append(f"trained although transformers cannot render it: {oracle.why}")
     else:
@@ -193,8 +195,6 @@ class Judgement:
         for place in np.flatnonzero(self.supervised & ~allowed)[:1]:
             text = self.data[place : place + 30].decode(errors="replace")
             self.wrong(f"mask: trained outside of the turns: {text!r}")
-        if self.oracle.twin is not None:
-            self._check_twin()
 
     def _excerpt(self, turn: int, flags: np.ndarray) -> str:
         places = [place for place, flag in zip(self.wrote[turn], flags, strict=True) if not flag]
@@ -218,26 +218,29 @@ class Judgement:
         prompt = self._prompt_tail(turn)
         gap = self.data[before:first]
         latest = common(gap, prompt)
+        twin = self._twin_span(turn)
         opening = OPENING.search(gap[:latest].decode(errors="replace"))
         start = len(gap[:latest].decode(errors="replace")[: opening.start()].encode()) if opening else latest
         if begin < before + start and self.data[begin : before + start].strip():
             self.wrong(f"mask: the header is trained: {self._text(begin, first)!r}")
+        latest = max(latest, twin[0] - before) if twin else latest
         if begin > before + latest and self.data[before + latest : begin].strip():
             self.wrong(f"mask: not trained, and not in the prompt: {self._text(before + latest, begin)!r}")
         after = min((p[0] for n, p in self.wrote.items() if n > turn and p), default=len(self.data))
         self._check_end(turn, last, end, after)
+        if twin:
+            self._compare(turn, begin, end, *twin)
 
     def _check_end(self, turn: int, last: int, end: int, after: int) -> None:
         """Supervision has to reach what ends the turn, and what it says after that is white space."""
         alone, middle = self._after(turn)
-        needed = self._end_of_turn(alone, middle, bool(self.messages[turn].get("tool_calls")))
+        needed = self._end_of_turn(alone, middle, turn)
         if turn != self.last:
             tail, ours = self.data[last:after], end - last
             wanted = len(needed) if tail.startswith(needed) else 0
             if not wanted:
                 self.wrong(f"mask: turn {turn} does not end with {needed.decode(errors='replace')!r}")
         else:
-            tail = alone + b"".join(map(self.oracle.piece, self.tail))
             kept = self.data[last : self.covered]  # the sample may end before the rendering does
             tail = kept + b"".join(map(self.oracle.piece, self.tail)) if self.tail else alone
             ours = end - last + (len(tail) - len(kept) if self.tail and all(self.mask[-len(self.tail) :]) else 0)
@@ -255,12 +258,12 @@ class Judgement:
         elif self._marks(tail[wanted:ours]):
             self.wrong(f"end: trained beyond its end: {tail[wanted:ours].decode(errors='replace')!r} after turn {turn}")
 
-    def _end_of_turn(self, alone: bytes, middle: bytes | None, calls: bool) -> bytes:
+    def _end_of_turn(self, alone: bytes, middle: bytes | None, turn: int) -> bytes:
         """What has to be trained after a turn's text, from how the turn ends as the last one and in the middle.
 
         What both have in common up to its last mark; if that has none, up to the first mark of the middle.
         """
-        plain = self._plain_end()
+        plain, calls = self._plain_end(), self.messages[turn].get("tool_calls")
         if middle is None:
             return alone[: max(self._marks(alone), default=len(alone.rstrip()))]
         shared = alone[: common(alone, middle)]
@@ -269,11 +272,11 @@ class Judgement:
             return middle[: next((at for at in self._marks(middle) if at > len(shared)), len(shared))]
         if marks:
             return shared[: marks[-1]]
-        if own := self._marks(alone):
+        if turn == self.last and (own := self._marks(alone)):
             return alone[: own[-1]]  # another token at the end of all
         if found := self._marks(middle):
             return middle[: found[0]]
-        return shared.rstrip() or middle[: 1 + len(middle) - len(middle.lstrip())]
+        return shared or middle[: 1 + len(middle) - len(middle.lstrip())]
 
     def _plain_end(self) -> bytes | None:
         """What ends a plain answer in the middle, if the template leaves the last one open."""
@@ -350,22 +353,21 @@ class Judgement:
 
     # ---- the twin's marks
 
-    def _check_twin(self) -> None:
+    def _twin_span(self, turn: int) -> tuple[int, int] | None:
+        """What the twin marks as said in a turn, where it writes the same text."""
+        if self.oracle.twin is None:
+            return None
         try:
             text, spans = self.oracle.twin_spans(self.messages, self.reference.tools, self.reference.way)
         except Exception as error:
             self.verdict.differences.append(f"the twin cannot render it: {type(error).__name__}")
-            return
+            return None
         if text != self.reference.text:
             self.verdict.differences.append("the twin writes another text")
-            return
-        for turn in self.trained:
-            own = self.wrote.get(turn) or []
-            mine = [span for span in spans if any(span[0] <= place < span[1] for place in own)]
-            if not own or not mine or not self.supervised[own].any():
-                continue
-            begin, end = self._run_of(turn)
-            self._compare(turn, begin, end, min(a for a, _ in mine), max(b for _, b in mine))
+            return None
+        own = self.wrote[turn]
+        mine = [span for span in spans if any(span[0] <= place < span[1] for place in own)]
+        return (min(a for a, _ in mine), max(b for _, b in mine)) if mine else None
 
     def _compare(self, turn: int, begin: int, end: int, start: int, stop: int) -> None:
         header, rest = self.data[start:begin].decode(errors="replace"), self.data[end:stop].decode(errors="replace")

@@ -189,7 +189,10 @@ class Oracle:
 
     def _as_python(self, messages: Messages, tools: Tools) -> bool:
         """Whether the template writes arguments as Python shows a dict, which no parser of calls can read."""
-        text = self.render(messages, tools, "as it is")
+        try:
+            text = self.render(messages, tools, "as it is")
+        except Exception:
+            return False
         made = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", [])]
         return any(arguments and str(arguments) in text for arguments in made)
 

@@ -40,6 +40,7 @@ class Line:
     notes: Counter[str] = field(default_factory=Counter)
     differences: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    impossible: int = 0  # refused, and transformers cannot render it either
     plain: str = "yes"  # whether the plain shapes are trained
 
 
@@ -52,6 +53,7 @@ def measure(case: Case) -> Line:
         for shape, row in rows.items():
             verdict = look(oracle, renderer, row, train_on)
             line.counts[verdict.kind] += 1
+            line.impossible += verdict.impossible
             line.refusals.update([kind_of(verdict.spoken[0])] if verdict.code else [])
             line.notes.update([] if verdict.code else map(kind_of, set(verdict.spoken)))
             line.differences.update(set(verdict.differences))
@@ -109,11 +111,13 @@ def as_table(lines: list[Line]) -> str:
     ]
     for line in lines:
         why = [f"{reason} ({count})" for reason, count in (line.refusals + line.notes).most_common(4)]
-        why += [f"**{reason}**" for reason in list(dict.fromkeys(map(kind_of, line.wrong)))[:3]]
+        faults = Counter(kind_of(reason.partition("): ")[2]) for reason in line.wrong)
+        why += [f"**{reason}** ({count})" for reason, count in faults.most_common(3)]
         why += [" ".join(sorted(letters[reason] for reason in line.differences))] if line.differences else []
-        cells = [line.counts[kind] for kind in (RIGHT, SPOKEN, WRONG)]
+        cells = [str(line.counts[kind]) for kind in (RIGHT, SPOKEN, WRONG)]
+        cells[1] += f" ({line.impossible})" if line.impossible else ""
         shown = "; ".join(why).replace("|", "\\|").replace("<", "&lt;")
-        table.append(f"| {line.name} | {' | '.join(map(str, cells))} | {line.plain} | {shown} |")
+        table.append(f"| {line.name} | {' | '.join(cells)} | {line.plain} | {shown} |")
     legend = [f"- {letter}: {reason.replace('<', '&lt;')}" for reason, letter in letters.items()]
     return "\n".join([summary(lines), "", *table, "", *legend])
 
@@ -122,7 +126,11 @@ def summary(lines: list[Line]) -> str:
     total = sum((line.counts for line in lines), Counter())
     plain = sum(line.plain != "no" for line in lines)
     kinds = ", ".join(f"{total[kind]} {kind}" for kind in (RIGHT, SPOKEN, WRONG))
-    return f"{len(lines)} templates, {sum(total.values())} cells: {kinds}; {plain} templates train all plain shapes."
+    impossible = sum(line.impossible for line in lines)
+    return (
+        f"{len(lines)} templates, {sum(total.values())} cells: {kinds} ({impossible} that transformers cannot render); "
+        f"{plain} templates train all plain shapes."
+    )
 
 
 def with_table(page: str, part: str, table: str) -> str:
