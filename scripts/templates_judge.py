@@ -15,6 +15,7 @@ import numpy as np
 from scripts.templates_oracle import OPENING, Messages, Oracle, Reference, Tools, at_leaf, common
 
 RIGHT, SPOKEN, WRONG = "right", "spoken of", "wrong"
+BEGINS = re.compile(r"(?i)<[|｜]?(im_|hy_)?(start|begin|user|assistant|system|role)(?!.*end)")
 SAYS = {
     "content": r"content|text|answer|reasoning|think",
     "reasoning": r"reason|think",
@@ -217,7 +218,7 @@ class Judgement:
         before = self._before(turn)
         prompt = self._prompt_tail(turn)
         gap = self.data[before:first]
-        latest = common(gap, prompt)
+        latest = self._whole_marks(gap, common(gap, prompt))
         twin = self._twin_span(turn)
         opening = OPENING.search(gap[:latest].decode(errors="replace"))
         start = len(gap[:latest].decode(errors="replace")[: opening.start()].encode()) if opening else latest
@@ -271,7 +272,8 @@ class Judgement:
         if plain is not None and calls and not (marks and plain in shared):  # plain answers are left open
             return middle[: next((at for at in self._marks(middle) if at > len(shared)), len(shared))]
         if marks:
-            return shared[: marks[-1]]
+            begins = self._begin_of_turn(shared)
+            return shared[: max((at for at in marks if at <= begins), default=marks[0])]
         if turn == self.last and (own := self._marks(alone)):
             return alone[: own[-1]]  # another token at the end of all
         if found := self._marks(middle):
@@ -333,6 +335,19 @@ class Judgement:
         """The ends of the tokens in a text that may end a turn."""
         shown = text.decode(errors="replace")
         return [len(shown[: match.end()].encode()) for match in self.oracle.mark.finditer(shown)]
+
+    def _whole_marks(self, text: bytes, end: int) -> int:
+        """The place, or the beginning of the token that it would cut."""
+        shown = text.decode(errors="replace")
+        cut = len(text[:end].decode(errors="ignore"))
+        inside = [m.start() for m in self.oracle.mark.finditer(shown) if m.start() < cut < m.end()]
+        return len(shown[: inside[0]].encode()) if inside else end
+
+    def _begin_of_turn(self, text: bytes) -> int:
+        """Where the header of a next turn begins, which some templates write though nobody asked for it."""
+        shown = text.decode(errors="replace")
+        found = [m.start() for m in self.oracle.mark.finditer(shown) if BEGINS.match(m[0])]
+        return len(shown[: found[0]].encode()) if found and found[0] else len(text)
 
     def _check_stable(self, turn: int, begin: int) -> None:
         """A turn that is trained in the middle has to read as it did when the model had to write it."""

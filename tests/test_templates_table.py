@@ -42,8 +42,19 @@ PLAIN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 OPEN = PLAIN.replace(
-    "{{- message.content", "{{- message.content if loop.last and message.role == 'assistant' else message.content"
+    "{{- message.content + '<|im_end|>\n' }}",
+    """\
+{{- message.content }}{% if not loop.last or message.role == 'user' %}{{ '<|im_end|>\n' }}{% endif %}""",
 )
+HEADERS = """\
+{%- for message in messages %}{{ '<|' + message.role + '|>' + message.content }}
+{%- for call in message.tool_calls or [] %}{{ '<tool_call>' + call.function.name + '</tool_call>' }}{% endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+{#- <|user|> <|tool|> #}"""
+THINKS = PLAIN.replace(
+    "{{- message.content", "{% if loop.last %}{{ '<think></think>' }}{% endif %}{{- message.content"
+).replace("assistant\n'", "assistant\n<think>'")
 
 
 class World:
@@ -119,6 +130,44 @@ def test_the_judge_sees_a_planted_error(planted):
     messages, marked, reason = BAD[planted]
     verdict = World().judge(messages, marked)
     assert verdict.kind == WRONG and reason in " ".join(verdict.wrong)
+
+
+def test_an_answer_that_the_template_leaves_open_needs_the_end_that_others_have():
+    world = World(OPEN)
+    assert "no end '<|im_end|>'" in world.judge(ONE, ASK + "«Polished limestone»").wrong[0]
+    assert world.judge(ONE, ASK + "«Polished limestone»<|im_end|>").wrong
+    assert world.judge(ONE, ASK + "«Polished limestone<|im_start|>»").wrong
+    verdict = world.judge(ONE, ASK + "«Polished limestone<|im_end|>»")
+    assert (verdict.kind, verdict.wrong) == (RIGHT, []) and "gets its end" in verdict.differences[0]
+
+
+def test_the_header_of_the_next_role_may_be_the_end():
+    world, marbles = World(HEADERS), "<|user|>What is marble<|assistant|>«Polished limestone"
+    assert world.judge(ONE, marbles + "<|user|>»").kind == RIGHT
+    assert world.judge(ONE, marbles + "»").wrong and world.judge(ONE, marbles + "<|tool|>»").wrong
+    assert world.judge(TWO, marbles + "<|user|>»And granite<|assistant|>«Crystals<|user|>»").kind == RIGHT
+    assert world.judge(TWO, marbles + "»<|user|>And granite<|assistant|>«Crystals<|user|>»").wrong
+    call = {"id": "a", "function": {"name": "forecast", "arguments": {}}}
+    calls, called = (
+        [ONE[0], answer("", tool_calls=[call])],
+        "<|user|>What is marble<|assistant|>«<tool_call>forecast</tool_call>",
+    )
+    assert world.judge(calls, called + "<|tool|>»").kind == RIGHT
+    assert world.judge(calls, called + "<|user|>»").wrong and world.judge(calls, called + "»").wrong
+
+
+def test_turns_that_are_rewritten_later_need_a_sample_each():
+    world = World(THINKS)
+    ask, think = ASK + "«", "<think></think>"
+    first = ask + think + "Polished limestone<|im_end|>»"
+    last = ASK + "Polished limestone<|im_end|>" + MORE + "«" + think + "Crystals<|im_end|>»"
+    verdict = world.judge(TWO, first, last)
+    assert (verdict.kind, verdict.wrong) == (RIGHT, [])
+    both = ask + "Polished limestone<|im_end|>»" + MORE + "«" + think + "Crystals<|im_end|>»"
+    assert "as later turns rewrite it" in world.judge(TWO, both).wrong[0]
+    assert world.judge(TWO, last).wrong == ["turn 1 is trained 0 times"]
+    assert world.judge(TWO, last, train_on="last").kind == RIGHT
+    assert world.judge(TWO, first, both).wrong
 
 
 def test_the_judge_misses_reasoning_that_is_gone_unless_a_note_says_so():
