@@ -43,7 +43,7 @@ FAMILIES = (
     ("muse", "llama-bpe", "<|eot|>", "<|begin_of_text|>"),
     ("seed-oss", "qwen2", "<seed:eos>", "<seed:bos>"),
     ("minimax", "qwen2", None, "]~!b["),
-    ("hy3", "qwen2", "<｜hy_eos｜>", "<｜hy_begin_of_sentence｜>"),
+    ("hy3", "qwen2", "<｜hy_eos:opensource｜>", "<｜hy_begin_of_sentence:opensource｜>"),
     ("rwkv", "falcon", None, None),
     ("spark", "qwen2", "<｜end▁of▁sentence｜>", "<｜start▁of▁sentence｜>"),
     ("stepfun|minicpm", "deepseek-llm", "<|im_end|>", "<｜begin▁of▁sentence｜>"),
@@ -54,11 +54,20 @@ FAMILIES = (
     ("reka", "qwen2", "<|endoftext|>", "<|endoftext|>"),
     ("", "qwen2", None, None),
 )
+TAGS = ("think", "tool_calls", "tool_call", "tool_sep", "arg_key", "arg_value", "tool_responses", "tool_response")
 # marks that a template puts together from pieces, or that look like the tags which other templates write as text
 MORE_MARKS = {
     "laguna": ["<system>", "</system>", "<user>", "</user>", "<assistant>", "</assistant>", "〈|EOS|〉"],
-    "hy3": [f"<｜hy_{name}｜>" for name in ("User", "Assistant", "eos", "begin_of_sentence", "pad")],
-    "minimax": ["<beginning_of_sentence>", "<end_of_sentence>", "]~!b[", "]~b]", "[e~["],
+    "hy3": [
+        *(f"<｜hy_{name}:opensource｜>" for name in ("User", "Assistant", "eos", "begin_of_sentence", "pad")),
+        "<｜reasoning_mode:opensource｜>",
+        *(f"<{slash}{name}:opensource>" for name in TAGS for slash in ("", "/")),
+    ],
+    "minimax": [
+        *("<beginning_of_sentence>", "<end_of_sentence>", "]~!b[", "]~b]", "[e~[", "]<]minimax[>["),
+        *("<mm:think>", "</mm:think>", "<minimax:tool_call>", "</minimax:tool_call>"),
+    ],
+    "deepseek-v": ["｜DSML｜"],
     "glm": ["[gMASK]", "<sop>"],
     "ling": ["<role>", "</role>"],
     "smolvlm|idefics3": ["<end_of_utterance>"],
@@ -68,7 +77,7 @@ MARK = re.compile(
     r"<\|[^<>|\s{}]{1,40}\|>|<｜[^<>｜\s{}]{1,40}｜>|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>|\[/?[A-Z][A-Z_]+\]|<seed:[a-z]+>|"
     r"<SPECIAL_\d+>|<sep>|<(?:start|end)_of_turn>|</?(?:think|tool_calls?|tool_response|arg_key|arg_value|seed:\w+)>"
 )
-ORDINARY = re.compile(r"</?(?:think|tool_calls?|tool_response|arg_key|arg_value|seed:(?:think|tool)\w*)>")
+ORDINARY = re.compile(r"</?(?:\w+:)?(?:think|tool_calls?|tool_responses?|tool_sep|arg_key|arg_value)(?::\w+)?>")
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
 

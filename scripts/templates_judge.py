@@ -222,7 +222,9 @@ class Judgement:
         twin = self._twin_span(turn)
         opening = OPENING.search(gap[:latest].decode(errors="replace"))
         start = len(gap[:latest].decode(errors="replace")[: opening.start()].encode()) if opening else latest
-        if begin < before + start and self.data[begin : before + start].strip():
+        if twin and self.oracle.marks_itself and begin == twin[0]:
+            pass  # its authors want it so
+        elif begin < before + start and self.data[begin : before + start].strip():
             self.wrong(f"mask: the header is trained: {self._text(begin, first)!r}")
         latest = max(latest, twin[0] - before) if twin else latest
         if begin > before + latest and self.data[before + latest : begin].strip():
@@ -366,7 +368,7 @@ class Judgement:
     def _text(self, start: int, end: int) -> str:
         return self.data[start:end][:80].decode(errors="replace")
 
-    # ---- the twin's marks
+    # ---- the generation marks
 
     def _twin_span(self, turn: int) -> tuple[int, int] | None:
         """What the twin marks as said in a turn, where it writes the same text."""
@@ -390,19 +392,19 @@ class Judgement:
             if OPENING.match(header):
                 self.wrong(f"twin: not trained: {header!r} before turn {turn}")
             else:
-                self.verdict.differences.append("the twin's marks take in the header")
+                self.verdict.differences.append("the generation marks take in the header")
         elif header:
-            self.verdict.differences.append("the twin's marks take in white space before the answer")
+            self.verdict.differences.append("the generation marks take in white space before the answer")
         if early := self.data[begin:start].decode(errors="replace"):
             if early.strip():
                 self.wrong(f"twin: trained before its marks: {early!r} before turn {turn}")
             else:
-                self.verdict.differences.append("the twin's marks leave out white space before the answer")
+                self.verdict.differences.append("the generation marks leave out white space before the answer")
         if rest:
             what = "text" if rest.strip() else "white space"
-            self.verdict.differences.append(f"the twin's marks take in {what} after the end of the turn")
+            self.verdict.differences.append(f"the generation marks take in {what} after the end of the turn")
         if late := self.data[stop:end].decode(errors="replace"):
-            self.verdict.differences.append(f"the twin's marks leave out the end of the turn, {late!r}")
+            self.verdict.differences.append(f"the generation marks leave out the end of the turn, {late!r}")
 
     # ---- what is gone
 

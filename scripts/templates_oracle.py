@@ -24,9 +24,11 @@ Tools = list[dict[str, Any]] | None
 Leaf = tuple[int, str, tuple[str | int, ...]]  # message (-1: the tools), kind, where in it
 # what a template may open before the content; where that is part of the prompt already, it may be trained or not
 OPENING = re.compile(
-    r"\n?(</?\|?(\w+:)?(inner_prefix|think|thinking|reasoning|START_THINKING|START_RESPONSE|START_TEXT|channel|content)\|?>"
-    r"|\[/?THINK\])"
+    r"\n?(</?\|?(\w+:)?"
+    r"(inner_prefix|think|thinking|reasoning|START_THINKING|START_RESPONSE|START_TEXT|channel|content)(:\w+)?\|?>"
+    r"|\[/?THINK\]|<\|open\|>think)"
 )
+MARKS_ITSELF = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 THINK_TAG = re.compile(r"(</?think>)")
 BYTE_OF = {chr(value): value for value in BYTES} | {
     chr(256 + at): value for at, value in enumerate(value for value in range(256) if value not in BYTES)
@@ -96,7 +98,9 @@ class Oracle:
     """Renderings of one tokenizer's template, remembered."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, twin: str | None = None):
-        self.tokenizer, self.twin, self.added = tokenizer, twin, added(tokenizer)
+        self.tokenizer, self.added = tokenizer, added(tokenizer)
+        self.marks_itself = bool(MARKS_ITSELF.search(str(tokenizer.chat_template)))
+        self.twin = str(tokenizer.chat_template) if self.marks_itself else twin
         self.byte_level = b"ByteLevel" in tokenizer.backend_tokenizer.decoder.__getstate__()  # its JSON
         self._texts: dict[str, str | Exception] = {}
         self._references: dict[str, list[Reference]] = {}
