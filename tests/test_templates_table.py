@@ -52,6 +52,9 @@ HEADERS = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
 {#- <|user|> <|tool|> #}"""
+TEXT = """\
+{%- for message in messages %}{{ message.role | capitalize + ': ' + message.content + '\n\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
 THINKS = PLAIN.replace(
     "{{- message.content", "{% if loop.last %}{{ '<think></think>' }}{% endif %}{{- message.content"
 ).replace("assistant\n'", "assistant\n<think>'")
@@ -154,6 +157,15 @@ def test_the_header_of_the_next_role_may_be_the_end():
     )
     assert world.judge(calls, called + "<|tool|>»").kind == RIGHT
     assert world.judge(calls, called + "<|user|>»").wrong and world.judge(calls, called + "»").wrong
+
+
+def test_text_may_end_a_turn():
+    world, marbles = World(TEXT), "User: What is marble\n\nAssistant:«"
+    assert world.judge(ONE, marbles + " Polished limestone\n\n»").kind == RIGHT
+    assert world.judge(ONE, marbles + " Polished limestone»").wrong
+    assert world.judge(ONE, marbles + " Polished limestone\n»\n").wrong
+    two = marbles + " Polished limestone\n\n»User: And granite\n\nAssistant:« Crystals\n\n»"
+    assert world.judge(TWO, two).kind == RIGHT
 
 
 def test_turns_that_are_rewritten_later_need_a_sample_each():
