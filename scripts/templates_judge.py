@@ -1,0 +1,441 @@
+"""Whether what the kit makes of a conversation is right, by transformers' rendering, difference and generation marks.
+
+The judge shares no code with dataset/chat.py and dataset/template.py, so it cannot repeat their mistakes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from scripts.templates_oracle import OPENING, Messages, Oracle, Reference, Tools, at_leaf, common
+
+RIGHT, SPOKEN, WRONG = "right", "spoken of", "wrong"
+BEGINS = re.compile(r"(?i)<[|｜]?(im_|hy_)?(start|begin|user|assistant|system|role)(?!.*end)")
+SAYS = {
+    "content": r"content|text|answer|reasoning|think",
+    "reasoning": r"reason|think",
+    "call": r"call|argument",
+    "result": r"result|tool",
+    "system": r"system",
+    "tools": r"tool",
+}
+
+
+@dataclass
+class Verdict:
+    kind: str = RIGHT
+    wrong: list[str] = field(default_factory=list)
+    spoken: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)  # named ones, which are no fault
+    code: str = ""  # of a refusal
+    impossible: bool = False  # refused, and transformers cannot render it either
+
+
+def turns_to_train(messages: Messages, wishes: dict[int, bool], train_on: str) -> list[int]:
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = answers[-1:] if train_on == "last" else answers
+    return [number for number in answers if wishes.get(number, number in wanted)]
+
+
+def judge(oracle: Oracle, conversation: Any, train_on: str, result: Any) -> Verdict:
+    """`result` is a list of samples, or the error by which the row was refused."""
+    verdict = Verdict()
+    messages, tools = conversation.messages, conversation.tools
+    trained = turns_to_train(messages, conversation.wishes, train_on)
+    if isinstance(result, Exception):
+        verdict.code = getattr(result, "code", type(result).__name__)
+        verdict.kind, verdict.spoken = SPOKEN, [f"{verdict.code}: {result}"]
+        if not str(result).strip():
+            verdict.kind, verdict.wrong = WRONG, ["refused without a reason"]
+        verdict.impossible = not oracle.references(messages[: trained[-1] + 1], tools)
+        return verdict
+    if not oracle.references(messages[: trained[-1] + 1], tools):
+        verdict.wrong.append(f"trained although transformers cannot render it: {oracle.why}")
+    else:
+        seen: list[int] = []
+        for sample in result:
+            Judgement(oracle, messages, tools, trained, sample, verdict, seen).run()
+        if not verdict.wrong:
+            verdict.wrong += [
+                f"turn {turn} is trained {seen.count(turn)} times" for turn in trained if seen.count(turn) != 1
+            ]
+    verdict.wrong = list(dict.fromkeys(verdict.wrong))
+    verdict.kind = WRONG if verdict.wrong else SPOKEN if verdict.spoken else RIGHT
+    return verdict
+
+
+class Judgement:
+    """One sample against the rendering of the messages up to its last turn."""
+
+    def __init__(
+        self, oracle: Oracle, messages: Messages, tools: Tools, trained: list[int], sample: Any, verdict: Verdict,
+        seen: list[int],
+    ):  # fmt: skip
+        self.oracle, self.all, self.tools, self.trained = oracle, messages, tools, trained
+        self.sample, self.verdict, self.seen = sample, verdict, seen
+        self.ids, self.mask = [int(number) for number in sample.ids], [bool(flag) for flag in sample.supervised]
+
+    def run(self) -> None:
+        found = self._find_reference()
+        if found is None:
+            return
+        self.last, self.reference, self.spans, self.tail = found
+        self.messages = self.all[: self.last + 1]
+        self.data, self.wrote = self.reference.data, self.reference.wrote
+        self.supervised = np.zeros(len(self.data) + 1, dtype=bool)
+        for (start, end), flag in zip(self.spans, self.mask, strict=False):
+            self.supervised[start:end] = flag
+        self.covered = self.spans[-1][1] if self.spans else 0
+        self.own = {place for places in self.wrote.values() for place in places}
+        self._check_ids()
+        self._check_forgery()
+        self._check_mask()
+        self._check_missing()
+
+    def wrong(self, reason: str) -> None:
+        self.verdict.wrong.append(reason)
+
+    def _find_reference(self) -> tuple[int, Reference, list[tuple[int, int]], list[int]] | None:
+        best: tuple[int, str] = (-1, "no rendering to compare with")
+        for last in self.trained:
+            for reference in self.oracle.references(self.all[: last + 1], self.tools):
+                spans, tail = self.oracle.align(self.ids, reference.data)
+                place = spans[-1][1] if spans else 0
+                written = [places[-1] for places in reference.wrote.values() if places]
+                if len(tail) <= 4 and place > max(written, default=-1):
+                    return last, reference, spans, tail
+                ours = b"".join(map(self.oracle.piece, tail[:20]))[:60].decode(errors="replace")
+                theirs = reference.data[place : place + 60].decode(errors="replace")
+                best = max(best, (place, f"text: {ours!r}, in transformers {theirs!r}"))
+        self.wrong(best[1])
+        return None
+
+    # ---- ids
+
+    def _check_ids(self) -> None:
+        ids = self.oracle.tokenizer(self.reference.text, add_special_tokens=False)["input_ids"]
+        spans, rest = self.oracle.align(ids, self.data)
+        if rest:
+            self.verdict.differences.append("the tokenizer does not keep the text")
+            return
+        theirs = {(n, *span) for n, span in zip(ids, spans, strict=True) if span[0] < self.covered}
+        ours = {(n, *span) for n, span in zip(self.ids, self.spans, strict=False)}
+        for start, end in _regions([span[1:] for span in ours ^ theirs]):
+            missing = [n for n, a, b in theirs - ours if start <= a and b <= end and n in self.oracle.added]
+            text = self.data[start:end].decode(errors="replace")
+            if any(place in self.own for place in range(start, end)) and missing:
+                self._check_letters(start, end, missing)
+            elif not self._is_border(start, end):
+                self.wrong(f"ids: {text!r} is not encoded as by transformers")
+            else:
+                self.verdict.differences.append("prompt and answer are encoded apart")
+
+    def _is_border(self, start: int, end: int) -> bool:
+        """Whether an answer begins or ends there, beside white space."""
+        flags = np.append(self.supervised, False)
+        if not self.data[start:end].strip() and any(begin <= start and end <= first for begin, first in self._gaps()):
+            return True
+        for place in range(start, min(end, self.covered) + 1):
+            before = flags[place - 1] if place else False
+            beside = self.data[max(place - 1, 0) : place + 1]
+            if before != flags[place] and (not beside or any(chr(b).isspace() for b in beside)):
+                return True
+        return False
+
+    def _gaps(self) -> Iterator[tuple[int, int]]:
+        """What stands between the text of each answer and the one before."""
+        for turn, message in enumerate(self.messages):
+            if message["role"] == "assistant" and self.wrote[turn]:
+                yield self._before(turn), self.wrote[turn][0]
+
+    def _before(self, turn: int) -> int:
+        """Where the texts of the messages before a turn end."""
+        return max((p[-1] + 1 for n, p in self.wrote.items() if n < turn and p), default=0)
+
+    def _check_letters(self, start: int, end: int, missing: list[int]) -> None:
+        """Marks of turns that a text spells are letters; an answer's other tokens are the model's own."""
+        for number, message in enumerate(self.messages):
+            if message["role"] == "assistant" and any(start <= place < end for place in self.wrote[number]):
+                for token in (self.oracle.added[n].content for n in missing if n not in self.oracle.structure):
+                    if token in str(self.oracle.tokenizer.chat_template):
+                        self.wrong(f"ids: {token!r} in an answer is letters, in transformers a token")
+        self.verdict.differences.append("what a text spells stays letters")
+
+    def _check_forgery(self) -> None:
+        for at, (number, span) in enumerate(zip(self.ids, self.spans, strict=False)):
+            token = self.oracle.added.get(number)
+            if token is None or not (token.special or number in self.oracle.structure):
+                continue
+            writers = [n for n, places in self.wrote.items() if any(place in places for place in range(*span))]
+            answers = all(self.messages[n]["role"] == "assistant" for n in writers)
+            if writers and not (answers and number not in self.oracle.structure):
+                self.wrong(f"forged: {token.content!r} (token {at}) comes out of a text")
+
+    # ---- mask
+
+    def _check_mask(self) -> None:
+        allowed = np.zeros(len(self.data) + 1, dtype=bool)
+        for turn, message in enumerate(self.messages):
+            flags = self.supervised[self.wrote[turn]]
+            if message["role"] == "assistant" and turn in self.trained and flags.any():
+                self.seen.append(turn)
+                if not flags.all():
+                    self.wrong(f"mask: {self._excerpt(turn, flags)!r} of turn {turn} is not trained")
+                    return
+                begin, end = self._run_of(turn)
+                self._check_stretch(turn, begin, end)
+                self._check_stable(turn, begin)
+                allowed[begin:end] = True
+            elif flags.any():
+                self.wrong(f"mask: trained although of {message['role']} {turn}: {self._excerpt(turn, ~flags)!r}")
+        for place in np.flatnonzero(self.supervised & ~allowed)[:1]:
+            text = self.data[place : place + 30].decode(errors="replace")
+            self.wrong(f"mask: trained outside of the turns: {text!r}")
+
+    def _excerpt(self, turn: int, flags: np.ndarray) -> str:
+        places = [place for place, flag in zip(self.wrote[turn], flags, strict=True) if not flag]
+        return self.data[places[0] : places[-1] + 1][:30].decode(errors="replace")
+
+    def _run_of(self, turn: int) -> tuple[int, int]:
+        """The run of supervised bytes around what a turn wrote; ends at the first hole."""
+        begin, end = self.wrote[turn][0], self.wrote[turn][-1] + 1
+        hole = np.flatnonzero(~self.supervised[begin:end])
+        if len(hole):
+            self.wrong(f"mask: a hole in turn {turn}: {self.data[begin + hole[0] :][:20].decode(errors='replace')!r}")
+        while begin and self.supervised[begin - 1]:
+            begin -= 1
+        while self.supervised[end]:
+            end += 1
+        return begin, end
+
+    def _check_stretch(self, turn: int, begin: int, end: int) -> None:
+        first, last = self.wrote[turn][0], self.wrote[turn][-1] + 1
+        before = self._before(turn)
+        prompt = self._prompt_tail(turn)
+        gap = self.data[before:first]
+        latest = self._whole_marks(gap, common(gap, prompt))
+        twin = self._twin_span(turn)
+        opening = OPENING.search(gap[:latest].decode(errors="replace"))
+        start = len(gap[:latest].decode(errors="replace")[: opening.start()].encode()) if opening else latest
+        if twin and self.oracle.marks_itself and begin == twin[0]:
+            pass  # its authors want it so
+        elif begin < before + start and self.data[begin : before + start].strip():
+            self.wrong(f"mask: the header is trained: {self._text(begin, first)!r}")
+        latest = max(latest, twin[0] - before) if twin else latest
+        if begin > before + latest and self.data[before + latest : begin].strip():
+            self.wrong(f"mask: not trained, and not in the prompt: {self._text(before + latest, begin)!r}")
+        after = min((p[0] for n, p in self.wrote.items() if n > turn and p), default=len(self.data))
+        self._check_end(turn, last, end, after)
+        if twin:
+            self._compare(turn, begin, end, *twin)
+
+    def _check_end(self, turn: int, last: int, end: int, after: int) -> None:
+        """Supervision has to reach what ends the turn, and what it says after that is white space."""
+        alone, middle = self._after(turn)
+        needed = self._end_of_turn(alone, middle, turn)
+        if turn != self.last:
+            tail, ours = self.data[last:after], end - last
+            wanted = len(needed) if tail.startswith(needed) else 0
+            if not wanted:
+                self.wrong(f"mask: turn {turn} does not end with {needed.decode(errors='replace')!r}")
+        else:
+            kept = self.data[last : self.covered]  # the sample may end before the rendering does
+            tail = kept + b"".join(map(self.oracle.piece, self.tail)) if self.tail else alone
+            ours = end - last + (len(tail) - len(kept) if self.tail and all(self.mask[-len(self.tail) :]) else 0)
+            if not tail.startswith(needed):
+                shown = (needed.decode(errors="replace"), tail.decode(errors="replace"))
+                self.wrong(f"end: the last turn has no end {shown[0]!r}, it ends with {shown[1]!r}")
+                return
+            if self.tail:
+                self.verdict.differences.append("the last turn, which the template leaves open, gets its end")
+            wanted = len(needed)
+        if ours < wanted:
+            self.wrong(f"end: not trained: {tail[ours:wanted].decode(errors='replace')!r} after turn {turn}")
+        elif self._marks(tail[wanted:ours]) and turn == self.last:
+            self.verdict.differences.append("the end of the whole text is trained after the end of the turn")
+        elif self._marks(tail[wanted:ours]):
+            self.wrong(f"end: trained beyond its end: {tail[wanted:ours].decode(errors='replace')!r} after turn {turn}")
+
+    def _end_of_turn(self, alone: bytes, middle: bytes | None, turn: int) -> bytes:
+        """What has to be trained after a turn's text, from how the turn ends as the last one and in the middle.
+
+        What both have in common up to its last mark; if that has none, up to the first mark of the middle.
+        """
+        plain, calls = self._plain_end(), self.messages[turn].get("tool_calls")
+        if middle is None:
+            return alone[: max(self._marks(alone), default=len(alone.rstrip()))]
+        shared = alone[: common(alone, middle)]
+        marks = self._marks(shared)
+        if plain is not None and calls and not (marks and plain in shared):  # plain answers are left open
+            return middle[: next((at for at in self._marks(middle) if at > len(shared)), len(shared))]
+        if marks:
+            begins = self._begin_of_turn(shared)
+            return shared[: max((at for at in marks if at <= begins), default=marks[0])]
+        if turn == self.last and (own := self._marks(alone)):
+            return alone[: own[-1]]  # another token at the end of all
+        if found := self._marks(middle):
+            return middle[: found[0]]
+        return shared or middle[: 1 + len(middle) - len(middle.lstrip())]
+
+    def _plain_end(self) -> bytes | None:
+        """What ends a plain answer in the middle, if the template leaves the last one open."""
+        said: Messages = [{"role": "user", "content": "Anise"}, {"role": "assistant", "content": "Basil"}]
+        more: Messages = [{"role": "user", "content": "Clove"}, {"role": "assistant", "content": "Dill"}]
+        try:
+            way, tools = self.reference.way, self.reference.tools
+            alone = self.oracle.render(said, tools, way).rsplit("Basil", 1)[1].encode()
+            middle = self.oracle.render(said + more, tools, way).rsplit("Basil", 1)[1].split("Clove")[0].encode()
+        except Exception:
+            return None
+        if self._marks(alone):
+            return None
+        marks = self._marks(middle)
+        return middle[: marks[0]].strip() if marks else None
+
+    def _after(self, turn: int) -> tuple[bytes, bytes | None]:
+        """What follows the text of a turn as the last one, and with a message of the next role after it."""
+        said = self.all[: turn + 1]
+        way, tools = self.reference.way, self.reference.tools
+        alone = self._behind(said, turn, tools, way) or b""
+        calls = self.all[turn].get("tool_calls", [])
+        results: Messages = [
+            {"role": "tool", "content": "walnuts", "tool_call_id": call.get("id", "")} for call in calls
+        ]
+        more: Messages = [
+            *(results or [{"role": "user", "content": "walnuts"}]),
+            {"role": "assistant", "content": "hazel"},
+        ]
+        return alone, self._behind(said + more, turn, tools, way)
+
+    def _behind(self, messages: Messages, turn: int, tools: Tools, way: str) -> bytes | None:
+        try:
+            text = self.oracle.render(messages, tools, way)
+        except Exception:
+            return None
+        places = [self.oracle.places(text, messages, tools, way, n) for n in range(turn, len(messages))]
+        later = min((p[0] for p in places[1:] if p), default=len(text.encode()))
+        own = [place for place in places[0] if place < later]
+        return text.encode()[own[-1] + 1 : later] if own else None
+
+    def _prompt_tail(self, turn: int) -> bytes:
+        """What the generation prompt holds after the text of the messages before a turn."""
+        said = self.all[:turn]
+        way, tools = self.reference.way, self.reference.tools
+        try:
+            text = self.oracle.render(said, tools, way, prompt=True)
+        except Exception:
+            return b""
+        places = [self.oracle.places(text, said, tools, way, n, prompt=True) for n in range(len(said))]
+        return text.encode()[max((p[-1] + 1 for p in places if p), default=0) :]
+
+    def _marks(self, text: bytes) -> list[int]:
+        """The ends of the tokens in a text that may end a turn."""
+        shown = text.decode(errors="replace")
+        return [len(shown[: match.end()].encode()) for match in self.oracle.mark.finditer(shown)]
+
+    def _whole_marks(self, text: bytes, end: int) -> int:
+        """The place, or the beginning of the token that it would cut."""
+        shown = text.decode(errors="replace")
+        cut = len(text[:end].decode(errors="ignore"))
+        inside = [m.start() for m in self.oracle.mark.finditer(shown) if m.start() < cut < m.end()]
+        return len(shown[: inside[0]].encode()) if inside else end
+
+    def _begin_of_turn(self, text: bytes) -> int:
+        """Where the header of a next turn begins, which some templates write though nobody asked for it."""
+        shown = text.decode(errors="replace")
+        found = [m.start() for m in self.oracle.mark.finditer(shown) if BEGINS.match(m[0])]
+        return len(shown[: found[0]].encode()) if found and found[0] else len(text)
+
+    def _check_stable(self, turn: int, begin: int) -> None:
+        """A turn that is trained in the middle has to read as it did when the model had to write it."""
+        if turn == self.last:
+            return
+        said = self.all[: turn + 1]
+        alone = self.oracle.render(said, self.reference.tools, self.reference.way)
+        places = self.oracle.places(alone, said, self.reference.tools, self.reference.way, turn)
+        before = [self.oracle.places(alone, said, self.reference.tools, self.reference.way, n) for n in range(turn)]
+        data, last = alone.encode(), max((p[-1] + 1 for p in before if p), default=0)
+        here = self._before(turn)
+        if places and data[last : places[-1] + 1] != self.data[here : self.wrote[turn][-1] + 1]:
+            shown = data[last : places[-1] + 1].decode(errors="replace"), self._text(here, self.wrote[turn][-1] + 1)
+            self.wrong(f"mask: turn {turn} is trained as later turns rewrite it: {shown[1]!r} instead of {shown[0]!r}")
+
+    def _text(self, start: int, end: int) -> str:
+        return self.data[start:end][:80].decode(errors="replace")
+
+    # ---- the generation marks
+
+    def _twin_span(self, turn: int) -> tuple[int, int] | None:
+        """What the twin marks as said in a turn, where it writes the same text."""
+        if self.oracle.twin is None:
+            return None
+        try:
+            text, spans = self.oracle.twin_spans(self.messages, self.reference.tools, self.reference.way)
+        except Exception as error:
+            self.verdict.differences.append(f"the twin cannot render it: {type(error).__name__}")
+            return None
+        if text != self.reference.text:
+            self.verdict.differences.append("the twin writes another text")
+            return None
+        own = self.wrote[turn]
+        mine = [span for span in spans if any(span[0] <= place < span[1] for place in own)]
+        return (min(a for a, _ in mine), max(b for _, b in mine)) if mine else None
+
+    def _compare(self, turn: int, begin: int, end: int, start: int, stop: int) -> None:
+        header, rest = self.data[start:begin].decode(errors="replace"), self.data[end:stop].decode(errors="replace")
+        if header.strip():
+            if OPENING.match(header):
+                self.wrong(f"twin: not trained: {header!r} before turn {turn}")
+            else:
+                self.verdict.differences.append("the generation marks take in the header")
+        elif header:
+            self.verdict.differences.append("the generation marks take in white space before the answer")
+        if early := self.data[begin:start].decode(errors="replace"):
+            if early.strip():
+                self.wrong(f"twin: trained before its marks: {early!r} before turn {turn}")
+            else:
+                self.verdict.differences.append("the generation marks leave out white space before the answer")
+        if rest:
+            what = "text" if rest.strip() else "white space"
+            self.verdict.differences.append(f"the generation marks take in {what} after the end of the turn")
+        if late := self.data[stop:end].decode(errors="replace"):
+            self.verdict.differences.append(f"the generation marks leave out the end of the turn, {late!r}")
+
+    # ---- what is gone
+
+    def _check_missing(self) -> None:
+        notes = " ".join(getattr(self.sample, "notes", ())).lower()
+        for leaf in self.reference.missing:
+            kind = leaf[1]
+            value = str(at_leaf(self.messages, self.reference.tools, leaf))
+            where = "the tools" if leaf[0] < 0 else f"message {leaf[0]}"
+            if kind == "content" and self.messages[leaf[0]]["role"] == "assistant" and "<think>" in value:
+                kind = "reasoning"
+            if re.search(SAYS[kind], notes):
+                self.verdict.spoken.append(f"noted: {notes}")
+            elif not self._elsewhere(leaf):
+                self.wrong(f"gone: {kind} {value[:30]!r} of {where}")
+
+    def _elsewhere(self, leaf: Any) -> bool:
+        """Whether another sample of this row has it, because it trains that turn."""
+        turn = leaf[0]
+        if turn not in self.trained or turn >= self.last or turn in self.seen[-1:]:
+            return False
+        references = self.oracle.references(self.all[: turn + 1], self.tools)
+        return bool(references) and leaf not in references[0].missing
+
+
+def _regions(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that touch or overlap, as one each."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
+        else:
+            merged.append((start, end))
+    return merged
