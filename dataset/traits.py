@@ -262,7 +262,7 @@ def _openings(probe: Probe, plain: str) -> tuple[str, tuple[str, ...]]:
             found.add(opening)
         bare = probe.text([*before, PROBE[1]])
         thinks = bool(reasoning) and said == ANSWER and text.startswith(reasoning, shared)
-        if thinks and bare is not None and not bare.startswith(said, probe.agree(prompt, bare)):
+        if thinks and bare is not None and not bare.startswith(said, min(shared, probe.agree(prompt, bare))):
             thinking = max(thinking, prompt[_last_word(probe, prompt[:shared]) :], key=len)
     return thinking, tuple(sorted(found - {thinking}, key=lambda text: (len(text), text)))
 
