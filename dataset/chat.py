@@ -247,7 +247,8 @@ class ChatRenderer:
         for opening in (*filter(None, [traits.thinking]), "", *traits.openings):
             start = len(prompt) - len(opening)
             if prompt.part(start, len(prompt)) == opening and prompt.is_in_whole(start):
-                return start
+                unasked = bool(traits.header) and rendering.text.startswith(traits.header, start)
+                return start + len(traits.header) if unasked else start
         start = _behind_header(rendering, traits.header, turn, prompt)
         if start is not None:
             rendering.notes.append("the chat template asks for answers in other words than conversations show")

@@ -86,6 +86,11 @@ class ChatTemplate:
             self._variables["strftime_now"] = datetime.fromisoformat(date).strftime
         self._closings: dict[str, dict[bool, str]] = {}
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """The tokens that begin or end a text, and such."""
+        return [token for token in self._tokenizer.special_tokens_map.values() if isinstance(token, str)]
+
     def source(self, tools: Tools) -> str:
         """The template that transformers would take, of several with names too; RowError where there is none."""
         try:

@@ -121,7 +121,8 @@ def find_traits(
     answer = _ending_of_answers(probe, plain)
     call = _ending_of_calls(probe, answer)
     thinking, openings = _openings(probe, plain)
-    structural = frozenset(_structural(probe, plain, answer, call, [thinking, *openings]))
+    between = _structural(probe, plain, answer, call, [thinking, *openings])
+    structural = frozenset([*between, *template.special_tokens])
     own = frozenset(_own(probe, template.source(probe.request.tools), structural, [thinking, *openings]))
     return Traits(
         form,
@@ -316,7 +317,7 @@ def _own(probe: Probe, source: str, structural: frozenset[str], openings: list[s
             continue
         inside = probe.tokens(text[probe.agree(prompt, text) :])
         for token, after in zip(inside, [*inside[1:], ""], strict=False):
-            if token not in structural and after not in structural - {inside[-1]}:
+            if token not in structural and after not in structural - {inside[-1]}:  # nor the end of a part of an answer
                 yield token
     for opening in openings:
         yield from (token for token in probe.tokens(opening) if token not in structural)

@@ -38,9 +38,7 @@ def missing_from(
             kind
             for kind, name, texts in parts
             if not _is_known(kind, message, traits)
-            or not all(
-                _stands(piece, region) or changes(at, name, piece) for text in texts for piece in _pieces(text, own)
-            )
+            or not all(_stands(piece, region) or changes(at, name, piece) for piece in _pieces(texts, own))
         ]
         for kind in absent:
             yield at, kind, len(absent) == len(parts)

@@ -64,7 +64,9 @@ def _arguments_as_text(messages: Messages) -> Messages:
 
 
 def _in_parts(messages: Messages) -> Messages:
-    return [m | {"content": [{"type": "text", "text": m["content"]}]} if m["content"] else m for m in messages]
+    return [
+        m | {"content": [{"type": "text", "text": m["content"]}]} if m["content"] is not None else m for m in messages
+    ]
 
 
 WAYS: dict[str, Callable[[Messages], Messages]] = {  # in which a row may be handed to transformers
