@@ -194,7 +194,8 @@ class ChatRenderer:
             rest = rendering.text[sum(len(text) for text, _ in stretches) :]
             stretches = [(text, flag or at % 2 == 0) for at, (text, flag) in enumerate([*stretches, (rest, False)])]
         refuse_escaped(rendering.text, spelled)
-        notes = self._notes_on_missing(rendering, request, traits, trained, conversation, stretches)
+        strict = [] if cuts == () else trained  # as it is rendered, where nothing is cut
+        notes = self._notes_on_missing(rendering, request, traits, strict, conversation, stretches)
         return RenderedChat(stretches, spelled, alone=bool(cuts), notes=(*rendering.notes, *notes))
 
     def _with_hint(self, error: RowError, messages: list[Message], traits: Traits) -> RowError:
@@ -283,7 +284,8 @@ class ChatRenderer:
         conversation: Conversation, stretches: list[tuple[str, bool]],
     ) -> list[str]:  # fmt: skip
         """What the rendering leaves out of the row; raises RowError where that would have been trained."""
-        elsewhere = set(self._trained_turns(conversation)) - set(trained)  # turns with samples of their own
+        others = self._trained_turns(conversation) if trained else []
+        elsewhere = set(others) - set(trained)  # turns with samples of their own
         said = "".join(text for text, supervised in stretches if supervised)
         notes = [
             f"the chat template does not read {name!r} of chat_template_kwargs"

@@ -54,7 +54,7 @@ class ControlTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, in_text: Collection[str] = ()):
         template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
-        added = tokenizer.added_tokens_decoder
+        added, named = tokenizer.added_tokens_decoder, tokenizer.special_tokens_map.values()
         strangers = sorted(set(in_text) - {token.content for token in added.values()})
         if strangers:
             raise ValueError(
@@ -64,7 +64,7 @@ class ControlTokens:
         controls = {
             number: token
             for number, token in sorted(added.items(), key=lambda item: -len(item[1].content))  # the longest match wins
-            if token.content.strip() and (token.special or token.content in template)
+            if token.content.strip() and (token.special or token.content in template or token.content in named)
         }
         self.in_text = frozenset(in_text)
         self._patterns: dict[frozenset[str], re.Pattern[str]] = {}

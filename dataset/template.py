@@ -116,6 +116,10 @@ class ChatTemplate:
             self._closings[key] = {prompt: written[last[-1] :] for prompt, (written, last, _) in runs.items()}
         return Rendering(self, messages, request, text, ends, self._closings.get(key, {}), marked)
 
+    def switches(self, tools: Tools) -> set[str]:
+        """The variables of the template that turn thinking on and off, by their names."""
+        return {name for name in _names_read(self.source(tools)) if "think" in name}
+
     def unread(self, variables: dict[str, Any], tools: Tools) -> list[str]:
         """The variables that the template does not know."""
         return sorted(variables.keys() - _names_read(self.source(tools)))

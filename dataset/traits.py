@@ -4,6 +4,7 @@ No template says where the header of an answer ends, what closes a turn, or whic
 shows all of that in its renderings: what stays while the words of the messages change is the template's own.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -85,6 +86,23 @@ class Probe:
                 self._texts[key], self.problem = None, self.problem or str(error)
         return self._texts[key]
 
+    def prompts(self, before: list[Message], answers: list[Message]) -> list[str]:
+        """What asks for an answer, with every switch that the template knows on and off; and some answered."""
+        texts = [self.text(before, prompt=True), *(self.text([*before, answer]) for answer in answers)]
+        for name in sorted(self._template.switches(self.request.tools) - self.request.variables.keys()):
+            for value in (True, False):
+                request = Request(self.request.tools, {**self.request.variables, name: value}, self.request.form)
+                with contextlib.suppress(RowError):
+                    texts.append(self._template.render(before, request, generation_prompt=True))
+        return [text for text in texts if text is not None and before[-1]["content"] in text]
+
+    def inside(self) -> Iterator[str]:
+        """The control tokens inside answers; none of those that end a part of one."""
+        for before, answer, _, said in _turns():
+            prompt, text = self.text(before, prompt=True), self.text([*before, answer])
+            if prompt is not None and text is not None and said in text:
+                yield from self.tokens(text[self.agree(prompt, text) :])
+
     def agree(self, one: str, other: str) -> int:
         """Length of what two texts begin with alike; it ends inside no control token."""
         length = common_prefix(one, other)
@@ -121,9 +139,11 @@ def find_traits(
     answer = _ending_of_answers(probe, plain)
     call = _ending_of_calls(probe, answer)
     thinking, openings = _openings(probe, plain)
-    between = _structural(probe, plain, answer, call, [thinking, *openings])
-    structural = frozenset([*between, *template.special_tokens])
-    own = frozenset(_own(probe, template.source(probe.request.tools), structural, [thinking, *openings]))
+    between = set(_structural(probe, plain, answer, call))
+    structural = frozenset(between - {*probe.tokens(thinking)} | {*template.special_tokens})
+    source = template.source(probe.request.tools)
+    own = frozenset(token for token in probe.inside() if token not in structural)
+    own |= {token for token in probe.tokens(source) if token not in structural}
     return Traits(
         form,
         thinking,
@@ -138,16 +158,18 @@ def find_traits(
 
 
 def _find_form(probe: Probe) -> Form | None:
-    """The form of messages in which their words appear, and as little else as possible."""
+    """The first form of messages in which their words appear, and not as Python shows a dictionary."""
     contents = [form for form in (Form(), Form("parts")) if _shows(probe.text(PROBE, form=form), USER, ANSWER)]
     if not contents:
         return None
-    forms = [Form(contents[0].content, each.arguments, each.silence) for each in FORMS]
+    found = []
     for messages in (CALLED[:2], CALLED):
-        texts = {form: text for form in forms if _shows(text := probe.text(messages, form=form), NAME, VALUE)}
-        if texts:
-            return min(texts, key=lambda form: len(texts[form] or ""))
-    return contents[0]
+        for each in FORMS:
+            form = Form(contents[0].content, each.arguments, each.silence)
+            text = probe.text(messages, form=form)
+            if text is not None and _shows(text, NAME, VALUE):
+                found.append((str({"nest": VALUE}) in text, form))
+    return min(found, key=lambda pair: pair[0])[1] if found else contents[0]
 
 
 def _shows(text: str | None, *words: str) -> bool:
@@ -285,47 +307,27 @@ def _header(probe: Probe, openings: list[str]) -> str:
     return prompt[marks[-1] :] if marks else ""
 
 
-def _structural(
-    probe: Probe, plain: str, answer: Ending | None, call: Ending | None, openings: list[str]
-) -> Iterator[str]:
+def _structural(probe: Probe, plain: str, answer: Ending | None, call: Ending | None, thinking: str) -> Iterator[str]:
     """The control tokens of headers and ends: those between what two speakers say."""
     yield from _leading_tokens(probe, plain)
     for ending in (answer, call):
         yield from [ending.token] if ending and ending.token in probe.tokens(ending.token) else []
-    called = probe.text(CALLED)
-    to_result = _between(called, VALUE, RESULT) or ""
+    to_result = _between(probe.text(CALLED), VALUE, RESULT) or ""
     between = [
         _between(probe.text(TWO_TURNS), ANSWER, NEXT_USER),
         to_result[len(call.mark) if call else 0 :],
-        _between(probe.text([{"role": "system", "content": SYSTEM}, *PROBE]), SYSTEM, USER),
     ]
     for before in (PROBE[:1], CALLED[:3]):
-        prompt = probe.text(before, prompt=True)
-        if prompt and before[-1]["content"] in prompt:
-            header = _after(prompt, before[-1]["content"])
-            ends = [opening for opening in openings if opening and header.endswith(opening)]
-            between.append(header[: len(header) - len(max(ends, key=len, default=""))])
+        headers = [_after(text, before[-1]["content"]) for text in probe.prompts(before, [PROBE[1], CALL])]
+        common = min(headers, key=len, default="")
+        for header in headers:
+            common = common[: probe.agree(common, header)]
+        between.append(common)
+    system = probe.text([{"role": "system", "content": SYSTEM}, *PROBE])
+    if system is not None and SYSTEM in system:
+        between += [system[probe.agree(plain, system) : system.index(SYSTEM)], _between(system, SYSTEM, USER)]
     for text in filter(None, between):
         yield from probe.tokens(text)
-
-
-def _own(probe: Probe, source: str, structural: frozenset[str], openings: list[str]) -> Iterator[str]:
-    """The control tokens inside answers, and those that the template looks for in what is said."""
-    for before, answer, _, said in _turns():
-        prompt, text = probe.text(before, prompt=True), probe.text([*before, answer])
-        if prompt is None or text is None or said not in text:
-            continue
-        inside = probe.tokens(text[probe.agree(prompt, text) :])
-        for token, after in zip(inside, [*inside[1:], ""], strict=False):
-            if token not in structural and after not in structural - {inside[-1]}:  # nor the end of a part of an answer
-                yield token
-    for opening in openings:
-        yield from (token for token in probe.tokens(opening) if token not in structural)
-    for token in set(probe.tokens(source)) - structural:
-        quoted = rf"""['"][^'"\n]*{re.escape(token)}[^'"\n]*['"]"""
-        looks = rf"""{quoted}\s*(?:not\s+)?in\b|\.\w*(?:split|partition|with|find|replace|index|count)\(\s*{quoted}"""
-        if re.search(looks, source):
-            yield token
 
 
 def _written(probe: Probe) -> Iterator[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from scripts.templates_families import BYTES, added
 
@@ -25,7 +25,7 @@ Leaf = tuple[int, str, tuple[str | int, ...]]  # message (-1: the tools), kind, 
 # what a template may open before the content; where that is part of the prompt already, it may be trained or not
 OPENING = re.compile(
     r"\n?(</?\|?(\w+:)?"
-    r"(inner_prefix|think|thinking|reasoning|START_THINKING|START_RESPONSE|START_TEXT|channel|content)(:\w+)?\|?>"
+    r"(inner_prefix|think|thinking|reasoning|START_THINKING|END_THINKING|START_RESPONSE|START_TEXT|channel|content)(:\w+)?\|?>"
     r"|\[/?THINK\]|<\|open\|>think)"
 )
 MARKS_ITSELF = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -145,15 +145,21 @@ class Oracle:
         key = json.dumps([messages, tools, way, prompt], ensure_ascii=False)
         if key not in self._texts:
             try:
-                self._texts[key] = self.tokenizer.apply_chat_template(
-                    WAYS[way](messages), tools=tools, tokenize=False, add_generation_prompt=prompt
-                )
+                self._texts[key] = self._render(WAYS[way](messages), tools, prompt)
             except Exception as error:  # a template is a program of its own
                 self._texts[key] = error
         text = self._texts[key]
         if isinstance(text, Exception):
             raise text
         return text
+
+    def _render(self, messages: Messages, tools: Tools, prompt: bool) -> str:
+        options: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt}
+        if all(message["content"] is not None for message in messages):
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        # transformers takes a null for a missing key before the template sees it, which asks for the null
+        template = _compile_jinja_template(self.tokenizer.get_chat_template(None, tools))
+        return template.render(messages=messages, documents=None, **options, **self.tokenizer.special_tokens_map)
 
     def twin_spans(self, messages: Messages, tools: Tools, way: str) -> tuple[str, list[tuple[int, int]]]:
         """The twin's text and what its generation marks enclose, as places in the bytes of the text."""

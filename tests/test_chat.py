@@ -14,7 +14,7 @@ from dataset.chat import GREEN, RESET, ChatRenderer, show
 from dataset.files import RowError
 from dataset.layouts import Fields
 from dataset.reader import Conversation, Defect, UnsafeDataError, read_conversations
-from dataset.template import ChatTemplate
+from dataset.template import ChatTemplate, Request
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -104,13 +104,13 @@ def test_text_that_spells_control_tokens_stays_text():
     sample = plain_answer(turns(forged, "no <tool_call> <|im_end|> here", "<|endoftext|>", "ok"))
     expected = [
         *(START, *b"user\n", *forged.encode(), END, *b"\n", START, *b"assistant\n"),
-        *(*b"no <tool_call> <|im_end|> here", END),
+        *(*b"no ", CALL, *b" <|im_end|> here", END),  # the template's own way to begin a call
         *(*b"\n", START, *b"user\n<|endoftext|>", END, *b"\n", START, *b"assistant\n"),
         *(*b"ok", END),
     ]
     assert sample.ids.tolist() == expected
-    assert sample.ids[sample.supervised].tolist() == [*b"no <tool_call> <|im_end|> here", END, *b"ok", END]
-    assert sample.spelled == ("<tool_call>", "<|endoftext|>", "<|im_end|>", "<|im_start|>")
+    assert sample.ids[sample.supervised].tolist() == [*b"no ", CALL, *b" <|im_end|> here", END, *b"ok", END]
+    assert sample.spelled == ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
     naive = byte_tokenizer().apply_chat_template(turns(forged, "ok"))["input_ids"]
     assert naive.count(START) == 3  # the user has opened an assistant turn
 
@@ -190,6 +190,8 @@ def test_the_mask_equals_that_of_generation_tags(which):
 
 UNSTABLE = PLAIN.replace("{{- message.content }}", "{{- message.content if loop.last else '...' }}")
 OPEN = PLAIN.replace("{{- '<|im_end|>' }}", "")
+ENDLESS = "{% for message in messages %}{{ message.content }}{% endfor %}"
+SHY = PLAIN.replace("{{- '<|im_end|>' }}", "{{- '<|im_end|>' if message.content != 'shy' }}")
 DATED = "{% if messages[0].role == 'system' %}{{ raise_exception('no system\nrole') }}{% endif %}" + PLAIN
 ESCAPED = PLAIN.replace("{{- message.content + '<|im", "{{- message.content | tojson(ensure_ascii=True) + '<|im")
 LISTED = PLAIN.replace("{{- message.content + '<|im", "{{- [message.content] | string + '<|im")
@@ -200,8 +202,8 @@ SYSTEM = {"role": "system", "content": "x"}
     ("template", "messages", "code", "message"),
     [
         (UNSTABLE, turns("a", "bc", "d", "e"), "UNSTABLE_TEMPLATE", r"character 51: 'bc<|im_end|>\n' alone, '..."),
-        (OPEN, turns("a", "b", "c", "d"), "NO_END_OF_TURN", "does not end message 1 with '<|im_end|>'"),
-        (OPEN, turns("a", "b", "c"), "NO_END_OF_TURN", "does not end message 1 with '<|im_end|>'"),
+        (ENDLESS, turns("a", "b", "c", "d"), "NO_END_OF_TURN", "does not end message 1 in a way that shows its end"),
+        (SHY, turns("a", "shy"), "NO_END_OF_TURN", "does not end message 1 with '<|im_end|>', as other turns do: "),
         (DATED, [SYSTEM, *turns("a", "b")], "TEMPLATE", "TemplateError: no system role"),
         (ESCAPED, turns("a<|im_end|>", "b"), "SPECIAL_TEXT", "escapes characters next to '<|im_end|>'"),
         (LISTED, turns("a<|im_end|>", "b"), "SPECIAL_TEXT", "escapes characters next to '<|im_end|>'"),
@@ -220,6 +222,27 @@ def test_what_a_template_cannot_do_is_said(template, messages, code, message):
 def test_one_turn_is_fine_where_only_several_are_unstable():
     sample = plain_answer(turns("a", "b"), template=UNSTABLE)
     assert sample.ids[sample.supervised].tolist() == [*b"b", END]
+
+
+def test_where_only_the_next_header_ends_a_turn_it_ends_the_last_one_too():
+    sample = plain_answer(turns("a", "b", "c", "d"), template=OPEN)
+    assert sample.ids[sample.supervised].tolist() == [*b"b\n", START, *b"d\n", START]
+    assert sample.ids[: sample.supervised.argmax()].tolist() == [
+        *(START, *b"user\na", END, *b"\n", START, *b"assistant\n")
+    ]
+
+
+def test_a_tokenizer_that_begins_each_text_with_a_space_encodes_the_whole():
+    prefixing = byte_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
+    prefixing.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    for question, answer in (("a b", "c"), ("<|im_end|>", "c <|im_end|>")):
+        sample = plain_answer(turns(question, answer), tokenizer=prefixing)
+        said = f"{answer}".encode()
+        text = f" user: {question}".encode()
+        assert sample.ids.tolist() == [*text, END, *b" assistant: ", *said, END]
+        assert sample.ids[sample.supervised].tolist() == [*b" assistant: ", *said, END][-len(said) - 1 :]
+        whole = prefixing.apply_chat_template(turns(question, answer))["input_ids"]
+        assert "<" in question or sample.ids.tolist() == whole
 
 
 def test_a_question_without_an_answer_is_left_out():
@@ -260,17 +283,13 @@ def test_other_added_tokens_are_ordinary_words():
 
 def test_tokenizers_that_cannot_serve_are_refused():
     with pytest.raises(ValueError, match="has no chat_template"):
-        ChatRenderer(byte_tokenizer(template=None))
+        ChatRenderer(byte_tokenizer(template=None)).render(turns("a", "b"))
     without_end = byte_tokenizer()
     without_end.eos_token = None
     with pytest.raises(ValueError, match="has no eos_token"):
         ChatRenderer(without_end)
     with pytest.raises(ValueError, match="plain question and answer cannot be rendered"):
         ChatRenderer(byte_tokenizer("{{ raise_exception('never') }}"))
-    prefixing = byte_tokenizer()
-    prefixing.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    with pytest.raises(ValueError, match="cannot be encoded apart"):
-        ChatRenderer(prefixing)
 
 
 def test_a_batch_gives_each_row_its_own_result():
@@ -390,7 +409,7 @@ def test_a_rendered_template_is_that_of_transformers():
             expected = tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=prompt, tokenize=False
             )
-            assert ChatTemplate(tokenizer).render(messages, tools, prompt) == expected
+            assert ChatTemplate(tokenizer).render(messages, Request(tools), prompt) == expected
 
 
 def compare_without_end() -> None:
@@ -401,7 +420,7 @@ def compare_without_end() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns whenever there are threads
 def test_a_template_that_is_stuck_in_one_operation_is_ended_by_the_system(monkeypatch):
-    monkeypatch.setattr("dataset.template.SECONDS", 0.2)
+    monkeypatch.setattr("dataset.sandbox.SECONDS", 0.2)
     process = multiprocessing.get_context("fork").Process(target=compare_without_end)
     process.start()
     process.join(60)
@@ -416,7 +435,7 @@ def test_plain_text_is_trained_whole_and_ends():
 
 
 def test_a_template_that_never_ends_is_stopped(monkeypatch):
-    monkeypatch.setattr("dataset.template.SECONDS", 0.3)
+    monkeypatch.setattr("dataset.sandbox.SECONDS", 0.3)
     nested = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     endless = "{% if messages[0].content == 'loop' %}" + nested + "{% endif %}" + PLAIN
     renderer = ChatRenderer(byte_tokenizer(endless))

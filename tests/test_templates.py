@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dataset.template
+import dataset.sandbox
 from dataset.chat import ChatRenderer
 from dataset.files import RowError
 from dataset.reader import Conversation, UnsafeDataError
-from dataset.template import ChatTemplate, limits, looks_only_back
+from dataset.sandbox import limits
+from dataset.template import ChatTemplate, Request, looks_only_back
 from model.choose import OWN_TOKENIZER, load_tokenizer
 from tests.test_chat import CONTROLS, PLAIN, byte_tokenizer, random_conversation
 
@@ -185,16 +186,18 @@ def test_templates_that_may_look_ahead_are_told_from_those_that_cannot():
     assert not looks_only_back(tokenizer_of("Qwen 3").chat_template)
 
 
-def lengths(tokenizer: Any, messages: list[dict], tools: Any) -> list[int | str]:
+def prefixes(tokenizer: Any, messages: list[dict], tools: Any) -> list[tuple[str, bool] | str]:
+    """The text of each number of first messages, and whether that of all begins with it."""
     try:
-        rendering = ChatTemplate(tokenizer).rendering(messages, tools)
+        rendering = ChatTemplate(tokenizer).rendering(messages, Request(tools))
     except (RowError, UnsafeDataError) as error:
         return [str(error)]
-    found: list[int | str] = []
+    found: list[tuple[str, bool] | str] = []
     for count in range(1, len(messages)):
         for prompt in (False, True):
             try:
-                found.append(rendering.prefix_length(count, prompt))
+                prefix = rendering.prefix(count, prompt)
+                found.append((prefix.part(0, len(prefix)), prefix.is_in_whole(len(prefix))))
             except RowError as error:
                 found.append(str(error))
     return found
@@ -206,11 +209,11 @@ def test_the_places_found_in_one_rendering_are_those_of_a_rendering_for_each(tem
     tokenizer = byte_tokenizer(template if "add_generation_prompt" in template else template + END)
     conversations = [random_conversation(rng, WORDS) for _ in range(40)]
     tools = [None, [{"type": "function", "function": {"name": "look"}}]]
-    quick = [lengths(tokenizer, messages, tools[at % 2]) for at, messages in enumerate(conversations)]
+    quick = [prefixes(tokenizer, messages, tools[at % 2]) for at, messages in enumerate(conversations)]
     monkeypatch.setattr("dataset.template.looks_only_back", lambda source: False)
-    assert [lengths(tokenizer, messages, tools[at % 2]) for at, messages in enumerate(conversations)] == quick
+    assert [prefixes(tokenizer, messages, tools[at % 2]) for at, messages in enumerate(conversations)] == quick
     if template not in AHEAD:
-        assert all(isinstance(length, int) for found in quick for length in found[::2])  # without a prompt for the next
+        assert all(text[1] is True for found in quick for text in found[::2])  # without a prompt for the next
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +255,7 @@ def test_the_time_limit_never_goes_off_in_the_lines_that_end_it(monkeypatch, req
     """A second alarm there would leave the block by an error that nobody knows, and its timers running."""
     gc.disable()  # an alarm in somebody's callback of the collector is lost, with a warning
     request.addfinalizer(gc.enable)
-    monkeypatch.setattr(dataset.template, "SECONDS", 0.01)
+    monkeypatch.setattr(dataset.sandbox, "SECONDS", 0.01)
     set_timer = signal.setitimer
     monkeypatch.setattr(signal, "setitimer", lambda which, first, again=0.0: set_timer(which, first, again and 0.001))
 

@@ -23,7 +23,7 @@ import torch
 from pyarrow import ipc, parquet
 from safetensors.torch import save_file
 
-import dataset.template
+import dataset.sandbox
 from dataset import store
 from dataset.augment import SystemPrompts
 from dataset.chat import ChatRenderer
@@ -669,7 +669,7 @@ def test_a_template_cannot_leave_its_sandbox(template, tmp_path):
     text = template.replace("CANARY", str(canary)) + PLAIN
     assert code_of(lambda: ChatRenderer(byte_tokenizer(text))) == 77
     only_in_rows = (
-        "{% if messages[0].content != 'a' %}" + template.replace("CANARY", str(canary)) + "{% endif %}" + PLAIN
+        "{% if messages[0].content == 'question' %}" + template.replace("CANARY", str(canary)) + "{% endif %}" + PLAIN
     )
     renderer = ChatRenderer(byte_tokenizer(only_in_rows))
     assert code_of(renderer.render, turns("question", "b")) == 77
@@ -680,8 +680,8 @@ def test_a_template_cannot_leave_its_sandbox(template, tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("template", ENDLESS, ids=range(len(ENDLESS)))
 def test_a_template_can_neither_go_on_for_ever_nor_eat_the_memory(template, monkeypatch):
-    monkeypatch.setattr(dataset.template, "SECONDS", 0.5)
-    monkeypatch.setattr(dataset.template, "MEMORY", 128 << 20)
+    monkeypatch.setattr(dataset.sandbox, "SECONDS", 0.5)
+    monkeypatch.setattr(dataset.sandbox, "MEMORY", 128 << 20)
     started = time.process_time()
     assert code_of(lambda: ChatRenderer(byte_tokenizer(template + PLAIN))) == 77
     assert time.process_time() - started < 2.5
@@ -702,11 +702,11 @@ def test_what_is_only_named_is_written_as_nothing(name):
 
 
 def test_the_default_limits_are_those_that_are_documented():
-    assert dataset.template.SECONDS == 5.0 and dataset.template.MEMORY == 1 << 30
+    assert dataset.sandbox.SECONDS == 5.0 and dataset.sandbox.MEMORY == 1 << 30
 
 
 def test_a_row_that_is_refused_tells_its_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset.template, "SECONDS", 0.3)
+    monkeypatch.setattr(dataset.sandbox, "SECONDS", 0.3)
     rows = write_rows(tmp_path / "rows.jsonl")
     slow = "{% if messages[0].content == 'Say 6' %}" + ENDLESS[0] + "{% endif %}"
     tokenizer = load_tokenizer(str(OWN_TOKENIZER))
