@@ -19,10 +19,11 @@ from dataset.files import RowError
 from dataset.reader import Conversation, Message, UnsafeDataError
 from dataset.template import ChatTemplate, Rendering, Request, Tools
 from dataset.traits import Traits, find_traits
-from dataset.vanished import missing_from
+from dataset.vanished import NEVER_TRAINED, missing_from
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TRAIN_ON = ("assistant", "last", "marked", "all")
+TRAITS_KEPT = 256
 MESSAGES_RENDERED = 500_000  # for one row, by a template that has to be run anew for each turn
 
 
@@ -44,28 +45,30 @@ class ChatRenderer:
         self._tokens = ControlTokens(tokenizer, text_tokens)
         self._template = ChatTemplate(tokenizer, template_date)
         self._known_traits: dict[str, Traits] = {}
+        reserved = set(self._template.special_tokens)
         if tokenizer.chat_template is not None:
             self._refuse_useless_template()
-            reserved = sorted(set(text_tokens) & self._traits(None, {}).structural)
-            if reserved:
-                raise ValueError(
-                    f"text_tokens={','.join(reserved)}: the chat template marks roles or the ends of turns by it, and "
-                    "text must not"
-                )
+            reserved.update(*(traits.structural for traits in self._usual_traits()))
+        if reserved := reserved.intersection(text_tokens):
+            raise ValueError(
+                f"text_tokens={','.join(sorted(reserved))}: the chat template marks roles or the ends of turns by it, "
+                "and text must not"
+            )
 
     @property
     def end_ids(self) -> set[int]:
         """The tokens that an answer can end with."""
-        traits = self._traits(None, {})
-        ends = [ending.token for ending in (traits.answer, traits.call) if ending]
+        endings = [ending for traits in self._usual_traits() for ending in (traits.answer, traits.call)]
+        ends = [ending.token for ending in endings if ending]
         numbers = self._tokens.numbers
         return {self._tokenizer.eos_token_id, *(numbers[end] for end in ends if end in numbers)}
 
     @property
     def end_of_turn(self) -> str:
         """The control token that closes an answer; where text does, the one that ends all."""
-        ending = self._traits(None, {}).answer
-        return ending.token if ending and ending.token in self._tokens.numbers else str(self._tokenizer.eos_token)
+        endings = [traits.answer for traits in self._usual_traits() if traits.answer]
+        token = endings[0].token if endings else ""
+        return token if token in self._tokens.numbers else str(self._tokenizer.eos_token)
 
     def render(self, messages: list[Message], tools: Tools = None) -> Sample:
         """Renders one conversation as one sample; raises RowError when there is no right mask for it."""
@@ -80,6 +83,7 @@ class ChatRenderer:
         """Renders many conversations, each to its samples or to the reason why there is none."""
         chats: list[list[RenderedChat] | RowError] = []
         for conversation in conversations:
+            self._template.spent = 0.0
             try:
                 chats.append(self._render_text(conversation))
             except RowError as error:
@@ -121,16 +125,23 @@ class ChatRenderer:
 
     def _refuse_useless_template(self) -> None:
         """Raises ValueError where neither with tools nor without a question and its answer can be rendered."""
-        problem = self._traits(None, {}).problem
-        if problem and self._traits([{}], {}).problem:
-            raise ValueError(f"a plain question and answer cannot be rendered: {problem}")
+        problems = [traits.problem for traits in self._usual_traits()]
+        if all(problems):
+            raise ValueError(f"a plain question and answer cannot be rendered: {problems[0]}")
+
+    def _usual_traits(self) -> list[Traits]:
+        """Of conversations without tools and with some."""
+        return [self._traits(tools, {}) for tools in (None, [{}])]
 
     def _traits(self, tools: Tools, variables: dict[str, Any]) -> Traits:
         if self._tokenizer.chat_template is None:
             raise ValueError(f"the tokenizer {self._tokenizer.name_or_path!r} has no chat_template")
-        key = json.dumps([bool(tools), variables], sort_keys=True)
+        read = {name: variables[name] for name in variables if name not in self._template.unread(variables, tools)}
+        key = json.dumps([bool(tools), read], sort_keys=True)
         if key not in self._known_traits:
-            found = find_traits(self._template, bool(tools), variables, self._tokens.pattern)
+            if len(self._known_traits) >= TRAITS_KEPT:  # variables may differ from row to row
+                self._known_traits.clear()
+            found = find_traits(self._template, bool(tools), read, self._tokens.pattern)
             self._known_traits[key] = found
         return self._known_traits[key]
 
@@ -140,7 +151,7 @@ class ChatRenderer:
     def _render_text(self, conversation: Conversation) -> list[RenderedChat]:
         """One sample; or one for each turn to train, where the template rewrites what it has rendered before."""
         if conversation.text is not None:
-            (hidden,), _, spelled = self._tokens.hide([conversation.text], None, frozenset(), self._tokens.in_text)
+            _, hidden, spelled = self._tokens.hide([], conversation.text, frozenset(), self._tokens.in_text)
             ends = [(hidden, True), (str(self._tokenizer.eos_token), True)]
             return [RenderedChat(ends, spelled, begins_text=True)]
         trained = self._trained_turns(conversation)
@@ -180,12 +191,12 @@ class ChatRenderer:
         try:
             rendering = self._template.rendering(messages, request)
         except RowError as error:
-            raise self._with_hint(error, messages, traits) from error
+            raise self._with_hint(error, messages, tools, traits) from error
         try:
             cuts = self._affordable(rendering, trained) if cuts is None else cuts
             stretches = cut(rendering, traits, trained, cuts)
         except RowError as error:
-            raise self._with_hint(error, messages, traits) from error
+            raise self._with_hint(error, messages, tools, traits) from error
         if self._train_on == "all":  # what lies between the turns and after them too
             rest = rendering.text[sum(len(text) for text, _ in stretches) :]
             stretches = [(text, flag or at % 2 == 0) for at, (text, flag) in enumerate([*stretches, (rest, False)])]
@@ -206,38 +217,44 @@ class ChatRenderer:
             f"dialogue, or --train_on last (at most {MESSAGES_RENDERED:,} messages are rendered for a row)",
         )
 
-    def _with_hint(self, error: RowError, messages: list[Message], traits: Traits) -> RowError:
-        if messages[0]["role"] != "system" or "system message" in traits.writes:
-            return error
-        hint = "--system_as user puts the system message before the first question"
-        return RowError(error.code, f"{error}; {hint}")
+    def _with_hint(self, error: RowError, messages: list[Message], tools: Tools, traits: Traits) -> RowError:
+        """The error with a way out where there is one."""
+        hints = []
+        if messages[0]["role"] == "system" and "system message" not in traits.writes:
+            hints.append("--system_as user puts the system message before the first question")
+        if error.code == "TEMPLATE" and any("function" not in tool for tool in tools or ()):
+            hints.append('templates may want tools as {"type": "function", "function": {"name": …}}')
+        return RowError(error.code, "; ".join([str(error), *hints]))
 
     def _notes_on_missing(
         self, rendering: Rendering, request: Request, traits: Traits, trained: Sequence[int],
         conversation: Conversation, stretches: list[tuple[str, bool]],
     ) -> list[str]:  # fmt: skip
         """What the rendering leaves out of the row; raises RowError where that would have been trained."""
-        others = self._trained_turns(conversation) if trained else []
-        elsewhere = set(others) - set(trained)  # turns with samples of their own
+        row = self._trained_turns(conversation) if trained else []
+        skip = set(row) - set(trained)  # turns with samples of their own
+        if list(trained) != row[-1:] and skip:  # the last sample holds all messages
+            skip = set(range(len(rendering.messages))) - set(trained)
         said = "".join(text for text, supervised in stretches if supervised)
         notes = [
             f"the chat template does not read {name!r} of chat_template_kwargs"
             for name in self._template.unread(request.variables, request.tools)
         ]
-        missing = missing_from(
+        if traits.answer and traits.answer.token not in self._tokens.numbers and not rendering.marked:
+            notes.append(f"no token closes an answer, the text {traits.answer.mark!r} does")
+        for each in missing_from(
             rendering.messages, request.tools, traits, rendering.text, {turn: said for turn in trained},
-            lambda messages: self._template.render(messages, request),
-        )  # fmt: skip
-        for turn, kind, is_all in missing:
-            if turn in trained and (is_all or self._vanished == "error"):
-                way = "" if is_all else "--vanished warn trains the rest, "
+            lambda messages: self._template.render(messages, request), skip,
+        ):  # fmt: skip
+            strict = each.turn in trained and each.kind not in NEVER_TRAINED
+            if strict and (each.is_all or self._vanished == "error"):
+                way = "" if each.is_all else "--vanished warn trains the rest, "
                 raise RowError(
                     "VANISHED",
-                    f"the chat template writes nothing of the {kind} of message {turn}, which would be trained; {way}"
-                    "--chat_template names another template",
+                    f"the chat template writes nothing of the {each.kind} of message {each.turn}, which would be "
+                    f"trained; {way}--chat_template names another template",
                 )
-            if turn not in elsewhere:
-                notes.append(f"the chat template writes nothing of the {kind}")
+            notes.append(f"the chat template writes nothing of the {each.kind}")
         return notes
 
 

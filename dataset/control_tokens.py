@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -91,36 +92,40 @@ class ControlTokens:
         return self._patterns[allowed]
 
     def hide(
-        self, messages: list[Any], tools: Any, own: frozenset[str], allowed: frozenset[str]
+        self, messages: list[Any], others: Any, own: frozenset[str], allowed: frozenset[str]
     ) -> tuple[list[Any], Any, dict[str, str]]:
         """Replaces each control token that the row's text spells by one private character that the row does not use.
 
         Those in `allowed` stay, and those in `own` in what the assistant says.
         """
-        strings = list(strings_in([messages, tools]))
+        strings = list(strings_in([messages, others]))
         elsewhere = self.matching(allowed)
         found = {match for text in strings for match in elsewhere.findall(text)}
         if not found:
-            return messages, tools, {}
+            return messages, others, {}
         used = {character for text in strings for character in text}
         free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
         stand_ins = dict(zip(sorted(found), free, strict=False))
+        if len(stand_ins) < len(found):
+            raise RowError(
+                "SPECIAL_TEXT", "the row uses all private characters, and a control token in its text needs one"
+            )
         hidden: set[str] = set()
 
-        def hide(value: Any, pattern: re.Pattern[str]) -> Any:
+        def hide(value: Any, pattern: re.Pattern[str] = elsewhere) -> Any:
             if isinstance(value, str):
                 hidden.update(pattern.findall(value))
                 return pattern.sub(lambda match: stand_ins[match[0]], value)
             if isinstance(value, dict):
-                speaks = self.matching(own | allowed) if value.get("role") == "assistant" else elsewhere
-                return {
-                    hide(key, elsewhere): hide(item, speaks if key in ASSISTANT_TEXTS else elsewhere)
-                    for key, item in value.items()
-                }
-            return [hide(item, pattern) for item in value] if isinstance(value, list) else value
+                return {hide(key): hide(item) for key, item in value.items()}
+            return [hide(item) for item in value] if isinstance(value, list) else value
 
-        messages, tools = hide(messages, elsewhere), hide(tools, elsewhere)
-        return messages, tools, {stand_in: token for token, stand_in in stand_ins.items() if token in hidden}
+        def hide_in(message: dict[str, Any]) -> dict[str, Any]:
+            speaks = self.matching(own | allowed) if message["role"] == "assistant" else elsewhere
+            return {key: hide(item, speaks if key in ASSISTANT_TEXTS else elsewhere) for key, item in message.items()}
+
+        messages, others = [hide_in(message) for message in messages], hide(others)
+        return messages, others, {stand_in: token for token, stand_in in stand_ins.items() if token in hidden}
 
     def encode(self, chats: Sequence[RenderedChat]) -> Iterator[Sample | RowError]:
         """Yields the sample of each chat, or the reason why its tokens would not be what its text says."""
@@ -204,7 +209,7 @@ def mask_of(offsets: list[tuple[int, int]], lengths: list[int], flags: list[bool
 def refuse_escaped(whole: str, spelled: dict[str, str]) -> None:
     """Raises RowError where a template has escaped the stand-ins, which could then not be found again."""
     for stand_in, token in spelled.items():
-        if any(escaped in whole for escaped in (json.dumps(stand_in)[1:-1], repr(stand_in)[1:-1])):
+        if any(escaped in whole for escaped in (json.dumps(stand_in)[1:-1], repr(stand_in)[1:-1], quote(stand_in))):
             raise RowError("SPECIAL_TEXT", f"the template escapes characters next to {token!r} in the text")
 
 

@@ -22,7 +22,7 @@ def cut(rendering: Rendering, traits: Traits, trained: Sequence[int], cuts: Sequ
     whole, done = rendering.text, 0
     stretches: list[tuple[str, bool]] = []
     for turn in cuts:
-        if rendering.marked:
+        if rendering.marked and traits.marks:
             spans = [(start, end, "") for start, end in _marked(rendering, turn) if start >= done]
         else:
             start = _start_of(rendering, traits, turn)
@@ -57,6 +57,10 @@ def _start_of(rendering: Rendering, traits: Traits, turn: int) -> int:
     for opening in (*filter(None, [traits.thinking]), "", *traits.openings):
         start = len(prompt) - len(opening)
         if prompt.part(start, len(prompt)) == opening and prompt.is_in_whole(start):
+            if not rendering.text.startswith(opening, start):
+                rendering.notes.append(
+                    f"the prompt for an answer ends with {opening!r}, and some answers do not begin so"
+                )
             unasked = bool(traits.header) and rendering.text.startswith(traits.header, start)
             return start + len(traits.header) if unasked else start
     start = _behind_header(rendering, traits.header, turn, prompt)
@@ -79,15 +83,22 @@ def _end_of(rendering: Rendering, traits: Traits, turn: int, start: int) -> tupl
         end = len(through) - len(ending.rest)
         closed = through.part(end - len(ending.token), end) + ending.missing
         if end >= start and through.part(end, len(through)) == ending.rest and closed.endswith(ending.token):
-            if not through.is_in_whole(end) or not (last or rendering.text.startswith(ending.missing, end)):
+            missing = ending.missing if last else _follows(rendering.text, end, ending.missing, traits)
+            if not through.is_in_whole(end) or missing is None:
                 raise _unstable(through, turn + 1)
-            return (end, ending.missing) if last else (end + len(ending.missing), "")
+            return (end, missing) if last else (end + len(missing), "")
     found = through.part(len(through) - 40, len(through))
     wanted = f"with {ending.token!r}, as other turns do" if ending else "in a way that shows its end"
     raise RowError(
         "NO_END_OF_TURN",
         f"the template does not end message {turn} {wanted}: {found!r}; --chat_template names another template",
     )
+
+
+def _follows(text: str, end: int, missing: str, traits: Traits) -> str | None:
+    """What closes a turn amid others where the template leaves the last one open: the usual end, or another header."""
+    others = traits.structural if missing in traits.structural else ()
+    return next((mark for mark in (missing, *others) if text.startswith(mark, end)), None)
 
 
 def _behind_header(rendering: Rendering, header: str, turn: int, prompt: Prefix) -> int | None:

@@ -11,6 +11,7 @@ what it would have written without that message and those after it, so one rende
 import contextlib
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -29,6 +30,7 @@ from dataset.files import RowError
 from dataset.reader import Message, UnsafeDataError
 from dataset.sandbox import limits
 
+SECONDS_OF_A_ROW = 30.0
 BACKWARD = {"index", "index0", "first", "depth", "depth0", "previtem"}  # what `loop` knows without looking ahead
 PROBE: list[Message] = [{"role": "user", "content": "Quokka"}, {"role": "assistant", "content": "Wombat"}]
 
@@ -84,6 +86,7 @@ class ChatTemplate:
         self._tokenizer, self._variables = tokenizer, dict(tokenizer.special_tokens_map)
         if date is not None:
             self._variables["strftime_now"] = datetime.fromisoformat(date).strftime
+        self.spent = 0.0  # seconds of computing on this row, which whoever begins another one sets back
         self._closings: dict[tuple[str, str], dict[bool, str]] = {}
 
     @property
@@ -128,6 +131,13 @@ class ChatTemplate:
         self, messages: list[Message], request: Request, generation_prompt: bool
     ) -> tuple[str, list[int], list[tuple[int, int]]]:
         """The text, how much of it was written when each message (and their end) was asked for, and what is marked."""
+        if self.spent > SECONDS_OF_A_ROW:
+            raise RowError(
+                "LONG_DIALOGUE",
+                f"the chat template has computed for more than {SECONDS_OF_A_ROW:.0f} seconds on this row, whose turns "
+                "it renders anew: split the dialogue, or --train_on last",
+            )
+        started = time.process_time()
         pieces: list[str] = []
         ends: list[int] = []
         marked: list[tuple[int, int]] = []
@@ -157,6 +167,8 @@ class ChatTemplate:
             if isinstance(error, (SecurityError, MemoryError, OverflowError, RecursionError)):
                 raise UnsafeDataError(f"the chat template leaves its sandbox or its limits: {reason}") from error
             raise RowError("TEMPLATE", f"the chat template failed: {reason}") from error
+        finally:
+            self.spent += time.process_time() - started
         return "".join(pieces), ends, marked
 
 

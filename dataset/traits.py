@@ -4,6 +4,7 @@ No template says where the header of an answer ends, what closes a turn, or whic
 shows all of that in its renderings: what stays while the words of the messages change is the template's own.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,8 @@ CALLED = [PROBE[0], CALL, {"role": "tool", "tool_call_id": "call00001", "name": 
 TWO_TURNS = [*PROBE, {"role": "user", "content": NEXT_USER}, {"role": "assistant", "content": NEXT_ANSWER}]
 INSTRUCTED = [{"role": "system", "content": SYSTEM}, *PROBE]
 THOUGHT = {"reasoning_content": REASONING}
+MARK = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,30}\]")  # what looks like a token, also where the tokenizer has none
+TAG = re.compile(r"</?[\w:]+>")  # of the model's own tokens that a template only mentions; with bars it may end a turn
 FORMS = [(arguments, silence) for arguments in ("object", "text") for silence in ("empty", "null", "absent")]
 
 
@@ -60,6 +63,7 @@ class Traits:
     structural: frozenset[str] = frozenset()  # the control tokens of roles, headers and ends
     own: frozenset[str] = frozenset()  # the others that the template knows, which an answer's text may hold
     writes: frozenset[str] = frozenset()  # names of kinds of content, see _written
+    marks: bool = False  # the generation tags of the template enclose what the assistant says
     problem: str | None = None  # why not even a question and its answer can be rendered
 
     def ending(self, message: Message) -> Ending | None:
@@ -103,12 +107,13 @@ class Probe:
         yield from (_after(text, said) for text in texts if text is not None and said in text)
 
     def agree(self, one: str, other: str) -> int:
-        """Length of what two texts begin with alike; it ends inside no control token."""
+        """Length of what two texts begin with alike; it ends inside no control token, nor in what looks like one."""
         length = common_prefix(one, other)
         for text in (one, other):
-            for match in self.control.finditer(text, max(0, length - 200)):
-                if match.start() < length < match.end():
-                    length = match.start()
+            for pattern in (self.control, MARK):
+                for match in pattern.finditer(text, max(0, length - 200)):
+                    if match.start() < length < match.end():
+                        length = match.start()
         return length
 
     def tokens(self, text: str | None) -> list[str]:
@@ -149,14 +154,25 @@ def find_traits(
     call = _ending_of_calls(probe, answer)
     thinking, openings = _openings(probe, plain)
     structural = {*_structural(probe, plain, (answer, call), thinking), *template.special_tokens}
-    inside = {
-        token for _, _, prompt, text in probe.turns() for token in probe.tokens(text[probe.agree(prompt, text) :])
+    own = {
+        *_inside(probe, probe.heads(plain)),
+        *filter(TAG.fullmatch, probe.tokens(template.source(probe.request.tools))),
     }
-    known = {*inside, *probe.tokens(template.source(probe.request.tools))}
     return Traits(
         form, _header(probe, [thinking, *openings]), thinking, openings, answer, call, frozenset(structural),
-        frozenset(known - structural), frozenset(_written(probe)),
+        frozenset(own - structural), frozenset(_written(probe)), _marks_hold(template, probe.request),
     )  # fmt: skip
+
+
+def _marks_hold(template: ChatTemplate, request: Request) -> bool:
+    """Whether the generation tags enclose what the assistant says; inside a macro they do not know where they are."""
+    for messages, words in ((PROBE, (ANSWER,)), (TWO_TURNS, (ANSWER, NEXT_ANSWER))):
+        with contextlib.suppress(RowError):
+            rendering = template.rendering(messages, request)
+            marked = [rendering.text[start:end] for start, end in rendering.marked]
+            if not all(any(word in text for text in marked) for word in words):
+                return False
+    return True
 
 
 def _find_form(probe: Probe) -> Form | None:
@@ -242,9 +258,9 @@ def _mark_of(probe: Probe, last: str, middle: str, text: str) -> str:
 
 def _ending(probe: Probe, mark: str, last: str) -> Ending | None:
     """The ending whose mark is given, where `last` follows the words of a turn that is the last."""
-    if not mark:
-        return None
     shared, tokens = probe.agree(mark, last), probe.tokens(mark)
+    if not mark or not (tokens or mark == last or mark[-1].isspace()):  # a piece of a word is no end
+        return None
     return Ending(mark, rest=last[shared:], missing=mark[shared:], token=tokens[-1] if tokens else mark)
 
 
@@ -303,16 +319,26 @@ def _structural(probe: Probe, plain: str, endings: Iterable[Ending | None], thin
         to_result = _between(probe.text(CALLED), VALUE, RESULT) or ""
         if ending and to_result.startswith(ending.mark):
             yield from probe.tokens(to_result[len(ending.mark) :])
-    instructed = probe.text(INSTRUCTED)
-    if instructed is not None and SYSTEM in instructed:
-        yield from probe.tokens(instructed[probe.agree(plain, instructed) : instructed.index(SYSTEM)])
-        yield from probe.tokens(_between(instructed, SYSTEM, USER))
+    for tools in (None, probe.request.tools):  # without tools, if that can be: instructions on tools spell tokens, too
+        request = Request(tools, probe.request.variables, probe.request.form)
+        bare, instructed = probe.text(PROBE, request=request), probe.text(INSTRUCTED, request=request)
+        if bare is not None and instructed is not None and SYSTEM in instructed:
+            yield from probe.tokens(instructed[probe.agree(bare, instructed) : instructed.index(SYSTEM)])
+            yield from probe.tokens(_between(instructed, SYSTEM, USER))
+            break
     for before in (PROBE[:1], CALLED[:3]):
         headers = list(probe.prompts(before))
         common = headers[0] if headers else ""
         for header in headers:
             common = common[: probe.agree(common, header)]
         yield from (token for token in probe.tokens(common) if token not in probe.tokens(thinking))
+
+
+def _inside(probe: Probe, heads: set[str]) -> Iterator[str]:
+    """The control tokens inside answers; not those that end a part of one, before the header of the next part."""
+    for _, _, prompt, text in probe.turns():
+        inside = probe.tokens(text[probe.agree(prompt, text) :])
+        yield from (token for token, after in zip(inside, [*inside[1:], ""], strict=False) if after not in heads)
 
 
 def _written(probe: Probe) -> Iterator[str]:

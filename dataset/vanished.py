@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from dataset.control_tokens import strings_in
@@ -11,38 +12,57 @@ from dataset.reader import Message
 from dataset.traits import Traits
 
 CHANGE = "Wolpertinger"  # put into a text to see whether the rendering changes
+NEVER_TRAINED = ("names", "tools")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A kind of content that is not written, of a message or (None) of the row."""
+
+    turn: int | None
+    kind: str
+    is_all: bool = False  # nothing of the message is written
 
 
 def missing_from(
     messages: list[Message], tools: Any, traits: Traits, whole: str, said: dict[int, str],
-    render: Callable[[list[Message]], str],
-) -> Iterator[tuple[int | None, str, bool]]:  # fmt: skip
-    """Yields (number of a message or None, kind of content, whether nothing at all of the message is written).
+    render: Callable[[list[Message]], str], skip: Collection[int] = (),
+) -> Iterator[Missing]:  # fmt: skip
+    """Yields what is missing in a rendering, `whole`.
 
-    `said`: for each message that is trained what it became; what others say may stand anywhere in the `whole` text.
-    `render` renders changed messages: a template may write a text in another form, and then it changes with the text.
+    `said`: for each message that is trained what it became; what others say may stand anywhere. Those in `skip` are not
+    looked at. `render` renders changed messages: a template may write a text in another form, and then it changes too.
     """
     own = re.compile("|".join(map(re.escape, sorted(traits.own))) or r"(?!)")
 
-    def changes(at: int, name: str, piece: str) -> bool:
-        changed = {**messages[at], name: _altered(messages[at][name], piece)}
-        try:
-            return render([*messages[:at], changed, *messages[at + 1 :]]) != whole
-        except RowError:  # it is read, at least
-            return True
+    def are_written(at: int, name: str, pieces: list[str]) -> bool:
+        """Whether the rendering changes with the beginnings and with the ends of these texts."""
+        for before, after in ((CHANGE, ""), ("", CHANGE)):
+            changed = {**messages[at], name: _altered(messages[at][name], pieces, before, after)}
+            try:
+                if render([*messages[:at], changed, *messages[at + 1 :]]) == whole:
+                    return False
+            except RowError:  # it is read, at least
+                return True
+        return True
 
     for at, message in enumerate(messages):
-        region, absent, anything = said.get(at, whole), [], False
+        if at in skip:
+            continue
+        region, strings = said.get(at, whole), list(strings_in(message))
+        absent, anything = [], False
         for kind, name, texts in _parts_of(message):
+            doubtful = [piece for piece in _pieces(texts, own) if not _stands(piece, region, strings)]
             known = _is_known(kind, message, traits)
-            written = [known and (_stands(piece, region) or changes(at, name, piece)) for piece in _pieces(texts, own)]
-            anything = anything or any(written)
-            if not all(written):
+            written = [known and are_written(at, name, [piece]) for piece in doubtful] if len(doubtful) < 2 else []
+            if len(doubtful) > 1 and known and are_written(at, name, doubtful):
+                written = [are_written(at, name, [piece]) for piece in doubtful]
+            anything = anything or (known and len(doubtful) < len(_pieces(texts, own))) or any(written)
+            if not known or (doubtful and not (written and all(written))):
                 absent.append(kind)
-        for kind in absent:
-            yield at, kind, not anything
-    if tools and "tools" not in traits.writes or tools and not all(_stands(name, whole) for name in _names_of(tools)):
-        yield None, "tools", False
+        yield from (Missing(at, kind, not anything) for kind in absent)
+    if tools and not ("tools" in traits.writes and all(name in whole for name in _names_of(tools))):
+        yield Missing(None, "tools")
 
 
 def _parts_of(message: Message) -> Iterator[tuple[str, str, list[str]]]:
@@ -92,18 +112,25 @@ def _pieces(texts: list[str], own: re.Pattern[str]) -> list[str]:
     return [piece.strip() for text in texts for piece in own.split(text) if piece.strip()]
 
 
-def _stands(piece: str, region: str) -> bool:
-    """Whether a text stands there as it is, or as JSON writes it."""
+def _stands(piece: str, region: str, strings: list[str]) -> bool:
+    """Whether a text stands there as it is or as JSON writes it, once for each text of the message that holds it."""
+    often = sum(piece in text for text in strings)
+    if often > 1:
+        return region.count(piece) >= often
     return piece in region or any(json.dumps(piece, ensure_ascii=plain)[1:-1] in region for plain in (False, True))
 
 
-def _altered(value: Any, piece: str) -> Any:
-    """A JSON value in which a text, or a number of this text, is another one."""
+def _altered(value: Any, pieces: list[str], before: str, after: str) -> Any:
+    """A JSON value in which these texts, or numbers written so, are others."""
     if isinstance(value, str):
-        return value.replace(piece, piece + CHANGE)
+        for piece in pieces:
+            value = value.replace(piece, before + piece + after)
+        return value
     if isinstance(value, dict):
-        return {_altered(key, piece): _altered(item, piece) for key, item in value.items()}
+        return {
+            _altered(key, pieces, before, after): _altered(item, pieces, before, after) for key, item in value.items()
+        }
     if isinstance(value, list):
-        return [_altered(item, piece) for item in value]
+        return [_altered(item, pieces, before, after) for item in value]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value + 1 if is_number and json.dumps(value) == piece else value
+    return value + 1 if is_number and json.dumps(value) in pieces else value
