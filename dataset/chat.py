@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from dataset.control_tokens import ControlTokens, RenderedChat, Sample, refuse_escaped
+from dataset.control_tokens import ControlTokens, RenderedChat, Sample, mapped, refuse_escaped, strings_in
 from dataset.cuts import cut
 from dataset.files import RowError
 from dataset.reader import Conversation, Message, UnsafeDataError
@@ -23,6 +23,7 @@ from dataset.vanished import NEVER_TRAINED, missing_from
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TRAIN_ON = ("assistant", "last", "marked", "all")
+PIECE_OF_TOKEN = re.compile(r"[<>|｜\[\]]")
 TRAITS_KEPT = 256
 MESSAGES_RENDERED = 500_000  # for one row, by a template that has to be run anew for each turn
 
@@ -192,6 +193,7 @@ class ChatRenderer:
             rendering = self._template.rendering(messages, request)
         except RowError as error:
             raise self._with_hint(error, messages, tools, traits) from error
+        self._refuse_composed(rendering, request, traits)
         try:
             cuts = self._affordable(rendering, trained) if cuts is None else cuts
             stretches = cut(rendering, traits, trained, cuts)
@@ -204,6 +206,20 @@ class ChatRenderer:
         strict = trained if cuts else ()  # as it is rendered, where nothing is cut
         notes = self._notes_on_missing(rendering, request, traits, strict, conversation, stretches)
         return RenderedChat(stretches, spelled, alone, notes=(*rendering.notes, *notes))
+
+    def _refuse_composed(self, rendering: Rendering, request: Request, traits: Traits) -> None:
+        """Raises RowError where a template that edits texts has made a header or an end out of pieces of them."""
+        row = [rendering.messages, request.tools, request.variables]
+        if not self._template.edits_texts(request.tools) or not any(map(PIECE_OF_TOKEN.search, strings_in(row))):
+            return
+        messages, tools, variables = mapped(row, lambda text: PIECE_OF_TOKEN.sub("_", text))
+        harmless = self._template.render(messages, Request(tools, variables, request.form))
+        found, expected = (
+            [token for token in self._tokens.pattern.findall(text) if token in traits.structural]
+            for text in (rendering.text, harmless)
+        )
+        if found != expected:
+            raise RowError("SPECIAL_TEXT", "the chat template makes control tokens out of pieces of the row's text")
 
     def _affordable(self, rendering: Rendering, trained: Sequence[int]) -> Sequence[int]:
         """The turns to cut at: all of them, or only those to train where each takes a rendering and there are many."""

@@ -8,7 +8,7 @@ is cut.
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -112,19 +112,21 @@ class ControlTokens:
             )
         hidden: set[str] = set()
 
-        def hide(value: Any, pattern: re.Pattern[str] = elsewhere) -> Any:
-            if isinstance(value, str):
-                hidden.update(pattern.findall(value))
-                return pattern.sub(lambda match: stand_ins[match[0]], value)
-            if isinstance(value, dict):
-                return {hide(key): hide(item) for key, item in value.items()}
-            return [hide(item) for item in value] if isinstance(value, list) else value
+        def stand_in(pattern: re.Pattern[str]) -> Callable[[str], str]:
+            def change(text: str) -> str:
+                hidden.update(pattern.findall(text))
+                return pattern.sub(lambda match: stand_ins[match[0]], text)
+
+            return change
 
         def hide_in(message: dict[str, Any]) -> dict[str, Any]:
             speaks = self.matching(own | allowed) if message["role"] == "assistant" else elsewhere
-            return {key: hide(item, speaks if key in ASSISTANT_TEXTS else elsewhere) for key, item in message.items()}
+            return {
+                key: mapped(item, stand_in(speaks if key in ASSISTANT_TEXTS else elsewhere))
+                for key, item in message.items()
+            }
 
-        messages, others = [hide_in(message) for message in messages], hide(others)
+        messages, others = [hide_in(message) for message in messages], mapped(others, stand_in(elsewhere))
         return messages, others, {stand_in: token for token, stand_in in stand_ins.items() if token in hidden}
 
     def encode(self, chats: Sequence[RenderedChat]) -> Iterator[Sample | RowError]:
@@ -211,6 +213,15 @@ def refuse_escaped(whole: str, spelled: dict[str, str]) -> None:
     for stand_in, token in spelled.items():
         if any(escaped in whole for escaped in (json.dumps(stand_in)[1:-1], repr(stand_in)[1:-1], quote(stand_in))):
             raise RowError("SPECIAL_TEXT", f"the template escapes characters next to {token!r} in the text")
+
+
+def mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with each of its strings changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): mapped(item, change) for key, item in value.items()}
+    return [mapped(item, change) for item in value] if isinstance(value, list) else value
 
 
 def strings_in(value: Any) -> Iterator[str]:

@@ -31,6 +31,7 @@ from dataset.reader import Message, UnsafeDataError
 from dataset.sandbox import limits
 
 SECONDS_OF_A_ROW = 30.0
+EDITS = re.compile(r"""\.replace\(|\|\s*replace|['"]</?['"]\s*[~+]""")
 BACKWARD = {"index", "index0", "first", "depth", "depth0", "previtem"}  # what `loop` knows without looking ahead
 PROBE: list[Message] = [{"role": "user", "content": "Quokka"}, {"role": "assistant", "content": "Wombat"}]
 
@@ -122,6 +123,10 @@ class ChatTemplate:
     def switches(self, tools: Tools) -> set[str]:
         """The variables of the template that turn thinking on and off, by their names."""
         return {name for name in _names_read(self.source(tools)) if "think" in name}
+
+    def edits_texts(self, tools: Tools) -> bool:
+        """Whether the template may make control tokens out of pieces of a text."""
+        return EDITS.search(self.source(tools)) is not None
 
     def unread(self, variables: dict[str, Any], tools: Tools) -> list[str]:
         """The variables that the template does not know."""
