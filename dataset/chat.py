@@ -134,9 +134,8 @@ class ChatRenderer:
             self._known_traits[key] = found
         return self._known_traits[key]
 
-    def _hide(self, messages: list[Message], tools: Tools, traits: Traits) -> tuple[Any, Any, dict[str, str]]:
-        allowed = self._tokens.in_text - traits.structural
-        return self._tokens.hide(messages, tools, traits.own | allowed, allowed)
+    def _hide(self, messages: list[Message], others: Any, traits: Traits) -> tuple[Any, Any, dict[str, str]]:
+        return self._tokens.hide(messages, others, traits.own, self._tokens.in_text)
 
     def _render_text(self, conversation: Conversation) -> list[RenderedChat]:
         """One sample; or one for each turn to train, where the template rewrites what it has rendered before."""
@@ -171,16 +170,17 @@ class ChatRenderer:
         With `cuts`, nowhere but at those turns, so that a template may render the others as it likes.
         """
         traits = self._traits(conversation.tools, conversation.variables)
-        messages, tools, spelled = self._hide(conversation.messages, conversation.tools, traits)
+        others = [conversation.tools, conversation.variables]
+        messages, (tools, variables), spelled = self._hide(conversation.messages, others, traits)
         if self._train_on != "all":
             messages = messages[: trained[-1] + 1]
-        request = Request(tools, conversation.variables, traits.form)
+        request = Request(tools, variables, traits.form)
         try:
             rendering = self._template.rendering(messages, request)
         except RowError as error:
             raise self._with_hint(error, messages, traits) from error
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if cuts is None and rendering.is_costly and 2 * len(turns) * len(messages) > MESSAGES_RENDERED:
+        if cuts is None and rendering.is_costly and 2 * sum(turns) > MESSAGES_RENDERED:
             raise RowError(
                 "LONG_DIALOGUE",
                 f"the chat template looks ahead, so each of {len(turns)} turns takes a rendering of its own; split the "

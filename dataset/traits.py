@@ -326,5 +326,5 @@ def _written(probe: Probe) -> Iterator[str]:
         ("tool results", CALLED, RESULT),
         ("tools", PROBE, NAME),
     ):
-        if word in (probe.text(messages) or ""):
+        if word.lower() in (probe.text(messages) or "").lower():
             yield kind

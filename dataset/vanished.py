@@ -17,7 +17,7 @@ def missing_from(
     messages: list[Message], tools: Any, traits: Traits, whole: str, said: dict[int, str],
     render: Callable[[list[Message]], str],
 ) -> Iterator[tuple[int | None, str, bool]]:  # fmt: skip
-    """Yields (number of a message or None, kind of content, whether that is all the message holds).
+    """Yields (number of a message or None, kind of content, whether nothing at all of the message is written).
 
     `said`: for each message that is trained what it became; what others say may stand anywhere in the `whole` text.
     `render` renders changed messages: a template may write a text in another form, and then it changes with the text.
@@ -32,16 +32,15 @@ def missing_from(
             return True
 
     for at, message in enumerate(messages):
-        parts = list(_parts_of(message))
-        region = said.get(at, whole)
-        absent = [
-            kind
-            for kind, name, texts in parts
-            if not _is_known(kind, message, traits)
-            or not all(_stands(piece, region) or changes(at, name, piece) for piece in _pieces(texts, own))
-        ]
+        region, absent, anything = said.get(at, whole), [], False
+        for kind, name, texts in _parts_of(message):
+            known = _is_known(kind, message, traits)
+            written = [known and (_stands(piece, region) or changes(at, name, piece)) for piece in _pieces(texts, own)]
+            anything = anything or any(written)
+            if not all(written):
+                absent.append(kind)
         for kind in absent:
-            yield at, kind, len(absent) == len(parts)
+            yield at, kind, not anything
     if tools and "tools" not in traits.writes or tools and not all(_stands(name, whole) for name in _names_of(tools)):
         yield None, "tools", False
 

@@ -237,10 +237,9 @@ def test_a_tokenizer_that_begins_each_text_with_a_space_encodes_the_whole():
     prefixing.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
     for question, answer in (("a b", "c"), ("<|im_end|>", "c <|im_end|>")):
         sample = plain_answer(turns(question, answer), tokenizer=prefixing)
-        said = f"{answer}".encode()
-        text = f" user: {question}".encode()
+        said, text = answer.encode(), f" user: {question}".encode()
         assert sample.ids.tolist() == [*text, END, *b" assistant: ", *said, END]
-        assert sample.ids[sample.supervised].tolist() == [*b" assistant: ", *said, END][-len(said) - 1 :]
+        assert sample.ids[sample.supervised].tolist() == [*b" assistant: ", *said, END]
         whole = prefixing.apply_chat_template(turns(question, answer))["input_ids"]
         assert "<" in question or sample.ids.tolist() == whole
 
