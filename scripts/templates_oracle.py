@@ -6,6 +6,7 @@ the places where the two renderings differ are those that the text wrote.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -26,6 +27,9 @@ OPENING = re.compile(
     r"|\[/?THINK\]|<\|open\|>think)"
 )
 MARKS_ITSELF = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+SOME_TOOLS: Tools = [
+    {"type": "function", "function": {"name": "spice", "description": "", "parameters": {"type": "object"}}}
+]
 BYTE_OF = {chr(value): value for value in BYTES} | {
     chr(256 + at): value for at, value in enumerate(value for value in range(256) if value not in BYTES)
 }
@@ -98,14 +102,21 @@ class Oracle:
         said: Messages = [{"role": "user", "content": "Anise"}, {"role": "assistant", "content": "Basil"}]
         texts = []
         for messages in (said, said * 2, [{"role": "system", "content": "Clove"}, *said], said[:1]):
-            for way in ("as it is", "content in parts"):
-                try:
-                    texts.append(self.render(messages, None, way, prompt=len(messages) % 2 == 1))
-                except Exception:
-                    continue
+            texts += self._plain(messages, prompt=len(messages) % 2 == 1)
         ends = [self.tokenizer.eos_token, self.tokenizer.bos_token]
         found = {n: t.content for n, t in self.added.items() if t.content in ends or any(t.content in s for s in texts)}
         return {number for number, token in found.items() if token in ends or not OPENING.match(token)}
+
+    def _plain(self, messages: Messages, prompt: bool) -> list[str]:
+        """Renderings of a plain conversation; where a template insists on tools, what follows its first words."""
+        for tools in (None, [], SOME_TOOLS):
+            texts = []
+            for way in ("as it is", "content in parts"):
+                with contextlib.suppress(Exception):  # a template is a program of its own
+                    texts.append(self.render(messages, tools, way, prompt))
+            if texts:
+                return [text[max(text.find("Anise"), 0) :] for text in texts] if tools else texts
+        return []
 
     def spelled(self) -> tuple[list[str], str]:
         """The marks of turns that a row can spell, and what would begin an answer."""
@@ -118,14 +129,8 @@ class Oracle:
 
     def _asks(self) -> str:
         """What asks for an answer, between the end of a question and what the answer may open."""
-        said: Messages = [{"role": "user", "content": "Anise"}]
-        prompt = " "
-        for way in ("as it is", "content in parts"):
-            try:
-                prompt = self.render(said, None, way, prompt=True).rsplit("Anise", 1)[1]
-                break
-            except Exception:
-                continue
+        texts = self._plain([{"role": "user", "content": "Anise"}], prompt=True)
+        prompt = texts[0].rpartition("Anise")[2] if texts else " "
         opening = OPENING.search(prompt)
         return prompt[: opening.start()] if opening else prompt
 
