@@ -199,7 +199,7 @@ class Judgement:
                     return
                 begin, end = self._run_of(turn)
                 self._check_stretch(turn, begin, end)
-                self._check_stable(turn, begin)
+                self._check_stable(turn)
                 allowed[begin:end] = True
             elif flags.any():
                 self.wrong(f"mask: trained although of {message['role']} {turn}: {self._excerpt(turn, ~flags)!r}")
@@ -283,19 +283,21 @@ class Judgement:
         elif self.turns.marks(tail[wanted:ours]):
             self.wrong(f"end: trained beyond its end: {tail[wanted:ours].decode(errors='replace')!r} after turn {turn}")
 
-    def _check_stable(self, turn: int, begin: int) -> None:
+    def _check_stable(self, turn: int) -> None:
         """A turn that is trained in the middle has to read as it did when the model had to write it."""
         if turn == self.last:
             return
         said = self.all[: turn + 1]
-        alone = self.oracle.render(said, self.reference.tools, self.reference.way)
-        places = self.oracle.places(alone, said, self.reference.tools, self.reference.way, turn)
-        before = [self.oracle.places(alone, said, self.reference.tools, self.reference.way, n) for n in range(turn)]
-        data, last = alone.encode(), max((p[-1] + 1 for p in before if p), default=0)
-        here = self._before(turn)
-        if places and data[last : places[-1] + 1] != self.data[here : self.wrote[turn][-1] + 1]:
-            shown = data[last : places[-1] + 1].decode(errors="replace"), self._text(here, self.wrote[turn][-1] + 1)
-            self.wrong(f"mask: turn {turn} is trained as later turns rewrite it: {shown[1]!r} instead of {shown[0]!r}")
+        text = self.turns.render(said) or ""
+        places = [self.turns.places(text, said, number) for number in range(turn + 1)]
+        if not (own := places.pop()):
+            return
+        begin, end = max((p[-1] + 1 for p in places if p), default=0), own[-1] + 1
+        here, stop = self._before(turn), self.wrote[turn][-1] + 1
+        unclosed = self.turns.unclosed(turn)
+        if text.encode()[begin:end] != self.data[here:stop] or not text.encode().startswith(unclosed, end):
+            shown = self._text(here, stop + len(unclosed)), text.encode()[begin:].decode(errors="replace")
+            self.wrong(f"mask: turn {turn} is trained as later turns rewrite it: {shown[0]!r} instead of {shown[1]!r}")
 
     def _text(self, start: int, end: int) -> str:
         return self.data[start:end][:80].decode(errors="replace")

@@ -48,7 +48,10 @@ class Turns:
         shared = alone[: common(alone, middle)]
         marks = self.marks(shared)
         if plain is not None and calls and not (marks and plain in shared):  # plain answers are left open
-            return middle[: next((at for at in self.marks(middle) if at > len(shared)), len(shared))]
+            found = middle.find(plain)
+            after = next((at for at in self.marks(middle) if at > len(shared)), len(shared))
+            closed = middle[: found + len(plain) if found >= 0 else after]
+            return _closed_as(alone, closed) if is_last else closed
         if marks:
             begins = self._begin_of_next(shared)
             return shared[: max((at for at in marks if at <= begins), default=marks[0])]
@@ -57,6 +60,12 @@ class Turns:
         if found := self.marks(middle):
             return middle[: found[0]]
         return shared or middle[: 1 + len(middle) - len(middle.lstrip())]
+
+    def unclosed(self, turn: int) -> bytes:
+        """What follows the text of a turn amid others, up to the mark that ends it; nothing where text ends it."""
+        shown = self.end(turn, False).decode(errors="replace")
+        marks = list(self.oracle.mark.finditer(shown))
+        return shown[: marks[-1].start()].rstrip().encode() if marks else b""
 
     def after(self, turn: int) -> tuple[bytes, bytes | None]:
         """What follows the text of a turn as the last one, and with a message of the next role after it."""
@@ -115,3 +124,10 @@ class Turns:
         shown = text.decode(errors="replace")
         found = [m.start() for m in self.oracle.mark.finditer(shown) if BEGINS.match(m[0])]
         return len(shown[: found[0]].encode()) if found and found[0] else len(text)
+
+
+def _closed_as(alone: bytes, closed: bytes) -> bytes:
+    """The end of a turn that is left open, and then what closes it elsewhere."""
+    alone = alone.rstrip()
+    known = next((alone[at:] for at in range(len(alone)) if alone[at:] in closed), b"")
+    return alone + closed[closed.rindex(known) + len(known) :]
