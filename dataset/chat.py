@@ -14,15 +14,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dataset.control_tokens import ControlTokens, RenderedChat, Sample, refuse_escaped
+from dataset.cuts import cut
 from dataset.files import RowError
 from dataset.reader import Conversation, Message, UnsafeDataError
-from dataset.template import ChatTemplate, Prefix, Rendering, Request, Tools
+from dataset.template import ChatTemplate, Rendering, Request, Tools
 from dataset.traits import Traits, find_traits
 from dataset.vanished import missing_from
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 TRAIN_ON = ("assistant", "last", "marked", "all")
-CLOSING = 64  # characters that a template may need to close a message
 MESSAGES_RENDERED = 500_000  # for one row, by a template that has to be run anew for each turn
 
 
@@ -108,7 +108,7 @@ class ChatRenderer:
         whole = rendering.text
         try:
             turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-            stretches = self._cut(rendering, traits, (), turns)
+            stretches = cut(rendering, traits, (), turns)
         except RowError:
             stretches = []
         refuse_escaped(whole, spelled)
@@ -147,10 +147,11 @@ class ChatRenderer:
         try:
             return [self._render_turns(conversation, trained)]
         except RowError as error:
+            whole = self._train_on == "all" and False not in conversation.wishes.values()
+            if whole and error.code in ("UNSTABLE_TEMPLATE", "LONG_DIALOGUE"):  # wherever turns begin and end
+                return [self._render_turns(conversation, trained, cuts=())]
             if error.code != "UNSTABLE_TEMPLATE":
                 raise
-            if self._train_on == "all" and False not in conversation.wishes.values():  # wherever turns begin and end
-                return [self._render_turns(conversation, trained, cuts=())]
             return [self._render_turns(conversation, [turn], cuts=[turn]) for turn in trained]
 
     def _trained_turns(self, conversation: Conversation) -> list[int]:
@@ -169,6 +170,7 @@ class ChatRenderer:
 
         With `cuts`, nowhere but at those turns, so that a template may render the others as it likes.
         """
+        alone = bool(cuts)
         traits = self._traits(conversation.tools, conversation.variables)
         others = [conversation.tools, conversation.variables]
         messages, (tools, variables), spelled = self._hide(conversation.messages, others, traits)
@@ -179,105 +181,36 @@ class ChatRenderer:
             rendering = self._template.rendering(messages, request)
         except RowError as error:
             raise self._with_hint(error, messages, traits) from error
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if cuts is None and rendering.is_costly and 2 * sum(turns) > MESSAGES_RENDERED:
-            raise RowError(
-                "LONG_DIALOGUE",
-                f"the chat template looks ahead, so each of {len(turns)} turns takes a rendering of its own; split the "
-                f"dialogue, or --train_on last (at most {MESSAGES_RENDERED:,} messages are rendered for a row)",
-            )
         try:
-            stretches = self._cut(rendering, traits, trained, turns if cuts is None else cuts)
+            cuts = self._affordable(rendering, trained) if cuts is None else cuts
+            stretches = cut(rendering, traits, trained, cuts)
         except RowError as error:
             raise self._with_hint(error, messages, traits) from error
         if self._train_on == "all":  # what lies between the turns and after them too
             rest = rendering.text[sum(len(text) for text, _ in stretches) :]
             stretches = [(text, flag or at % 2 == 0) for at, (text, flag) in enumerate([*stretches, (rest, False)])]
         refuse_escaped(rendering.text, spelled)
-        strict = [] if cuts == () else trained  # as it is rendered, where nothing is cut
+        strict = trained if cuts else ()  # as it is rendered, where nothing is cut
         notes = self._notes_on_missing(rendering, request, traits, strict, conversation, stretches)
-        return RenderedChat(stretches, spelled, alone=bool(cuts), notes=(*rendering.notes, *notes))
+        return RenderedChat(stretches, spelled, alone, notes=(*rendering.notes, *notes))
+
+    def _affordable(self, rendering: Rendering, trained: Sequence[int]) -> Sequence[int]:
+        """The turns to cut at: all of them, or only those to train where each takes a rendering and there are many."""
+        turns = [index for index, message in enumerate(rendering.messages) if message["role"] == "assistant"]
+        for each in (turns, trained):
+            if not rendering.is_costly or 2 * sum(each) <= MESSAGES_RENDERED:
+                return each
+        raise RowError(
+            "LONG_DIALOGUE",
+            f"the chat template looks ahead, so each of {len(trained)} turns takes a rendering of its own; split the "
+            f"dialogue, or --train_on last (at most {MESSAGES_RENDERED:,} messages are rendered for a row)",
+        )
 
     def _with_hint(self, error: RowError, messages: list[Message], traits: Traits) -> RowError:
         if messages[0]["role"] != "system" or "system message" in traits.writes:
             return error
         hint = "--system_as user puts the system message before the first question"
         return RowError(error.code, f"{error}; {hint}")
-
-    def _cut(
-        self, rendering: Rendering, traits: Traits, trained: Sequence[int], cuts: Sequence[int]
-    ) -> list[tuple[str, bool]]:
-        """Cuts the rendered messages at these assistant turns, and ends with the last of them.
-
-        What a turn adds, from the header to the end of what closes it, is supervised, or what the template itself marks
-        by `{% generation %}`. What lies between is every second stretch, beginning with the first.
-        """
-        whole, done = rendering.text, 0
-        stretches: list[tuple[str, bool]] = []
-        for turn in cuts:
-            if rendering.marked:
-                spans = [(start, end, "") for start, end in self._marked(rendering, turn) if start >= done]
-            else:
-                start = self._start_of(rendering, traits, turn)
-                end, missing = self._end_of(rendering, traits, turn, start)
-                spans = [(start, end, missing)]
-            for start, end, missing in spans:
-                stretches += [(whole[done:start], False), (whole[start:end] + missing, turn in trained)]
-                done = end
-        return stretches
-
-    def _marked(self, rendering: Rendering, turn: int) -> list[tuple[int, int]]:
-        """What the template marks of a turn: spans that are not yet there in the messages before it."""
-        before, through = rendering.prefix(turn), rendering.through(turn)
-        if not through.is_in_whole(len(through)):
-            raise _unstable(through, turn + 1)
-        spans: list[tuple[int, int]] = []
-        for start, end in rendering.marked:
-            if not (before.shared < end <= len(through) and start < end):
-                continue
-            if spans and spans[-1][1] == start:
-                start = spans.pop()[0]
-            spans.append((start, end))
-        if not spans:
-            raise RowError("NO_SUPERVISED", f"the chat template marks nothing of message {turn} as the assistant's")
-        return spans
-
-    def _start_of(self, rendering: Rendering, traits: Traits, turn: int) -> int:
-        """Where the answer begins: after the prompt for it, without what that already holds of an answer."""
-        prompt = rendering.prefix(turn, generation_prompt=True)
-        for opening in (*filter(None, [traits.thinking]), "", *traits.openings):
-            start = len(prompt) - len(opening)
-            if prompt.part(start, len(prompt)) == opening and prompt.is_in_whole(start):
-                unasked = bool(traits.header) and rendering.text.startswith(traits.header, start)
-                return start + len(traits.header) if unasked else start
-        start = _behind_header(rendering, traits.header, turn, prompt)
-        if start is not None:
-            rendering.notes.append("the chat template asks for answers in other words than conversations show")
-            return start
-        place = f"the prompt for message {turn}, and the message with what comes before it,"
-        raise _parted(f"{place} are rendered differently", prompt, "in the prompt", "before the message")
-
-    def _end_of(self, rendering: Rendering, traits: Traits, turn: int, start: int) -> tuple[int, str]:
-        """Where the turn ends, and what closes it besides where the template leaves the last turn open.
-
-        Rendered as the last one, a turn must read as it does with the others after it, or it is another text that the
-        model would have to write.
-        """
-        ending, through = traits.ending(rendering.messages[turn]), rendering.through(turn)
-        last = turn == len(rendering.messages) - 1
-        if ending is not None:
-            end = len(through) - len(ending.rest)
-            closed = through.part(end - len(ending.token), end) + ending.missing
-            if end >= start and through.part(end, len(through)) == ending.rest and closed.endswith(ending.token):
-                if not through.is_in_whole(end) or not (last or rendering.text.startswith(ending.missing, end)):
-                    raise _unstable(through, turn + 1)
-                return (end, ending.missing) if last else (end + len(ending.missing), "")
-        found = through.part(len(through) - 40, len(through))
-        wanted = f"with {ending.token!r}, as other turns do" if ending else "in a way that shows its end"
-        raise RowError(
-            "NO_END_OF_TURN",
-            f"the template does not end message {turn} {wanted}: {found!r}; --chat_template names another template",
-        )
 
     def _notes_on_missing(
         self, rendering: Rendering, request: Request, traits: Traits, trained: Sequence[int],
@@ -306,35 +239,6 @@ class ChatRenderer:
             if turn not in elsewhere:
                 notes.append(f"the chat template writes nothing of the {kind}")
         return notes
-
-
-def _behind_header(rendering: Rendering, header: str, turn: int, prompt: Prefix) -> int | None:
-    """Where the header of an answer ends that stands soon after the place up to which the prompt reads alike.
-
-    A template may close what was said before, or ask for the answer, in other words where it writes the prompt.
-    """
-    said = rendering.messages[turn - 1]["content"].strip()
-    if not header or said not in rendering.text[: prompt.shared]:
-        return None
-    nearest = max(0, prompt.shared - len(header) + 1)
-    at = rendering.text.find(header, nearest, nearest + 2 * len(header) + CLOSING)
-    return None if at < 0 else at + len(header)
-
-
-def _unstable(prefix: Prefix, count: int) -> RowError:
-    said = f"the chat template renders the first {count} messages differently when more follow"
-    return _parted(said, prefix, "alone", "with the rest")
-
-
-def _parted(said: str, prefix: Prefix, here: str, there: str) -> RowError:
-    at = (
-        next((at for at in range(len(prefix.tail)) if not prefix.is_in_whole(prefix.shared + at + 1)), 0)
-        + prefix.shared
-    )
-    alone, whole = prefix.part(at, at + 40), prefix.whole[at : at + 40]
-    return RowError(
-        "UNSTABLE_TEMPLATE", f"{said}; the first difference is at character {at}: {alone!r} {here}, {whole!r} {there}"
-    )
 
 
 def show(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> str:

@@ -84,7 +84,7 @@ class ChatTemplate:
         self._tokenizer, self._variables = tokenizer, dict(tokenizer.special_tokens_map)
         if date is not None:
             self._variables["strftime_now"] = datetime.fromisoformat(date).strftime
-        self._closings: dict[str, dict[bool, str]] = {}
+        self._closings: dict[tuple[str, str], dict[bool, str]] = {}
 
     @property
     def special_tokens(self) -> list[str]:
@@ -108,7 +108,7 @@ class ChatTemplate:
         """As `render`, with the places in the text where its first messages end."""
         text, ends, marked = self._run(messages, request, generation_prompt)
         source = self.source(request.tools)
-        key = _json([source, request.variables])
+        key = source, _json(request.variables)
         if not looks_only_back(source) or len(ends) != len(messages) + 1:
             ends = []
         elif key not in self._closings:
@@ -137,19 +137,19 @@ class ChatTemplate:
             ends.append(written)
 
         try:
-            source = self.source(request.tools)
-            template = _compile_jinja_template(source)
-            tracked = has_marks(source)
-            template.environment.unsafe_undefined = _refuse_access  # jinja's own writes nothing and goes on
-            tracker = template.environment.activate_tracker(pieces, marked) if tracked else contextlib.nullcontext()
-            with limits(), tracker:
-                for piece in template.generate({
-                    **request.variables, **self._variables, "tools": request.tools, "documents": None,
-                    "messages": WatchedList(_alias_reasoning_fields(request.form.of(messages)), note_length),
-                    "add_generation_prompt": generation_prompt,
-                }):  # fmt: skip
-                    pieces.append(piece)
-                    written += len(piece)
+            with limits():  # jinja computes constants while it compiles
+                source = self.source(request.tools)
+                template = _compile_jinja_template(source)
+                template.environment.unsafe_undefined = _refuse_access  # jinja's own writes nothing and goes on
+                track = template.environment.activate_tracker
+                with track(pieces, marked) if has_marks(source) else contextlib.nullcontext():
+                    for piece in template.generate({
+                        **request.variables, **self._variables, "tools": request.tools, "documents": None,
+                        "messages": WatchedList(_alias_reasoning_fields(request.form.of(messages)), note_length),
+                        "add_generation_prompt": generation_prompt,
+                    }):  # fmt: skip
+                        pieces.append(piece)
+                        written += len(piece)
         except (RowError, UnsafeDataError):
             raise
         except Exception as error:  # a template is a program of its own and may raise anything
@@ -318,6 +318,7 @@ def _looks_back(body: list[nodes.Node]) -> bool:
 
 
 def _refuse_access(value: Any, attribute: str) -> NoReturn:
-    if modifies_known_mutable(value, attribute):  # refused too, but nobody's way out
-        raise TypeError(f"the sandbox lets no template change a {type(value).__name__} by {attribute!r}")
+    own = isinstance(value, list) and not isinstance(value, WatchedList)
+    if own and modifies_known_mutable(value, attribute):  # careless, but no attack on the conversation
+        raise TypeError(f"the sandbox lets no template change a list by {attribute!r}")
     raise SecurityError(f"access to {attribute!r} of a {type(value).__name__}")
