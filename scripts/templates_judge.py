@@ -154,18 +154,8 @@ class Judgement:
         """What stands between the text of each answer and those of its neighbours."""
         for turn, message in enumerate(self.messages):
             if message["role"] == "assistant" and self.wrote[turn]:
-                yield self._before(turn), self.wrote[turn][0]
-                yield self.wrote[turn][-1] + 1, self._after(turn)
-
-    def _before(self, turn: int) -> int:
-        """Where the texts of the messages before a turn end; a template may write them in another order."""
-        first = self.wrote[turn][0]
-        places = (place for n, said in self.reference.said.items() if n < turn for place in said if place < first)
-        return max(places, default=-1) + 1
-
-    def _after(self, turn: int) -> int:
-        """Where the text of the next message begins."""
-        return min((p[0] for n, p in self.wrote.items() if n > turn and p), default=len(self.data))
+                yield self.reference.before(turn), self.wrote[turn][0]
+                yield self.wrote[turn][-1] + 1, self.reference.after(turn)
 
     def _check_letters(self, start: int, end: int, missing: list[int]) -> None:
         """Marks of turns that a text spells are letters; an answer's other tokens are the model's own."""
@@ -225,7 +215,7 @@ class Judgement:
 
     def _check_stretch(self, turn: int, begin: int, end: int) -> None:
         first, last = self.wrote[turn][0], self.wrote[turn][-1] + 1
-        before = self._before(turn)
+        before = self.reference.before(turn)
         prompt = self.turns.prompt_tail(turn)
         gap = self.data[before:first]
         latest = self.turns.shared(gap, prompt)
@@ -261,7 +251,7 @@ class Judgement:
         """Supervision has to reach what ends the turn, and what it says after that is white space."""
         needed = self.turns.end(turn, turn == self.last)
         if turn != self.last:
-            tail, ours = self.data[last : self._after(turn)], end - last
+            tail, ours = self.data[last : self.reference.after(turn)], end - last
             wanted = len(needed) if tail.startswith(needed) else 0
             if not wanted:
                 self.wrong(f"mask: turn {turn} does not end with {needed.decode(errors='replace')!r}")
@@ -293,7 +283,7 @@ class Judgement:
         if not (own := places.pop()):
             return
         begin, end = max((p[-1] + 1 for p in places if p), default=0), own[-1] + 1
-        here, stop = self._before(turn), self.wrote[turn][-1] + 1
+        here, stop = self.reference.before(turn), self.wrote[turn][-1] + 1
         unclosed = self.turns.unclosed(turn)
         if text.encode()[begin:end] != self.data[here:stop] or not text.encode().startswith(unclosed, end):
             shown = self._text(here, stop + len(unclosed)), text.encode()[begin:].decode(errors="replace")
@@ -343,15 +333,15 @@ class Judgement:
     # ---- what is gone
 
     def _check_missing(self) -> None:
-        notes = " ".join(getattr(self.sample, "notes", ())).lower()
+        notes = getattr(self.sample, "notes", ())
         for leaf in self.reference.missing:
             kind = leaf[1]
             value = str(at_leaf(self.messages, self.reference.tools, leaf))
             where = "the tools" if leaf[0] < 0 else f"message {leaf[0]}"
             if kind == "content" and self.messages[leaf[0]]["role"] == "assistant" and "<think>" in value:
                 kind = "reasoning"
-            if re.search(SAYS[kind], notes):
-                self.verdict.spoken.append(f"noted: {notes}")
+            if told := [f"noted: {note}" for note in notes if re.search(SAYS[kind], note.lower())]:
+                self.verdict.spoken += told
             elif not self._elsewhere(leaf):
                 self.wrong(f"gone: {kind} {value[:30]!r} of {where}")
 

@@ -80,6 +80,16 @@ class Reference:
     def __post_init__(self) -> None:
         self.data = self.text.encode()
 
+    def before(self, turn: int) -> int:
+        """Where the texts of the messages before a turn end; a template may write them in another order."""
+        first = self.wrote[turn][0]
+        places = (place for n, said in self.said.items() if n < turn for place in said if place < first)
+        return max(places, default=-1) + 1
+
+    def after(self, turn: int) -> int:
+        """Where the text of the next message begins."""
+        return min((p[0] for n, p in self.wrote.items() if n > turn and p), default=len(self.data))
+
 
 class Oracle:
     """Renderings of one tokenizer's template, remembered."""
