@@ -32,7 +32,6 @@ from dataset.tokenise import Outcomes, Tokeniser, available_cores, in_blocks, ma
 from dataset.tokenizer import hash_tokenizer, template_day, vocabulary_size
 
 VERSION = 5  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
-YOUNG = ("text_tokens", "vanished", "template_date", "system_as")  # options that stores were made without
 POLL_SECONDS = 0.2
 
 
@@ -88,7 +87,8 @@ def prepare(
     """
     path, options = Path(path), replace(options, template_date=template_day(tokenizer, options.template_date))
     fingerprints = {"content": _hash_file(path), **(tokenizer_hashes or hash_tokenizer(tokenizer))}
-    directory = Path(cache_dir) / _name_of_store(options, fingerprints)
+    key = json.dumps([VERSION, store.FORMAT, asdict(options), fingerprints], sort_keys=True)
+    directory = Path(cache_dir) / hashlib.sha256(key.encode()).hexdigest()
     if not owner:
         _wait_for(directory, timeout_seconds)
     elif store.is_intact(directory):
@@ -149,17 +149,6 @@ def _mix(numbers: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _name_of_store(options: DataOptions, fingerprints: dict[str, str]) -> str:
-    """A hash of all that decides a store; an option of later times at its default does not change it."""
-    told = {
-        name: value
-        for name, value in asdict(options).items()
-        if name not in YOUNG or value != getattr(DataOptions, name)
-    }
-    key = json.dumps([VERSION, store.FORMAT, told, fingerprints], sort_keys=True)
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _is_day(text: str) -> bool:

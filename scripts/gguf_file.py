@@ -256,5 +256,8 @@ def _describe_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerF
         writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(bool(adds_bos(tokenizer)))
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+        template = tokenizer.chat_template
+        if not isinstance(template, str):
+            template = [{"name": name, "template": text} for name, text in template.items()]
+        writer.add_chat_template(template)
         writer.add_eot_token_id(tokenizer.convert_tokens_to_ids(ChatRenderer(tokenizer).end_of_turn))
