@@ -1,6 +1,7 @@
 """The chat templates of many families: ids, mask and what is said of the rest; and a judge that sees planted errors."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scripts.templates_families import byte_tokenizer, twins
 from scripts.templates_judge import RIGHT, SPOKEN, WRONG, judge
 from scripts.templates_oracle import Oracle
 from scripts.templates_shapes import answer, shapes, user
-from scripts.templates_table import measure
+from scripts.templates_table import Line, as_table, kind_of, measure, with_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,17 @@ LATE = """\
 {%- for call in message.tool_calls or [] %}{{ '<tool_call>' + call.function.name + '</tool_call>' }}
 {%- for result in messages if result.role == 'tool' %}{{ '[' + result.content + ']' }}{% endfor %}{% endfor %}
 {{- message.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+IDS = """\
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}
+{%- set last = loop.last %}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>' + call.function.name + ('' if last else ' ' + call.id) + '</tool_call>' }}
+{%- endfor %}
+{%- if not last or message.role != 'assistant' %}{{ '\n<|im_end|>\n' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
@@ -232,6 +244,22 @@ def test_a_template_may_write_results_before_the_text_of_the_message_that_called
     assert "outside of the turns" in world.judge(messages, call, again).wrong[0]
 
 
+def test_a_call_that_is_left_open_gets_the_end_of_others_and_no_id():
+    world = World(IDS)
+    answers = [{"role": "tool", "content": "sunshine", "tool_call_id": "a"}, answer("Polished limestone")]
+    asked = [ONE[0], answer("", tool_calls=[CALL])]
+    ask = ASK.replace("marble", "marble\n")
+    called = ask + "«<tool_call>forecast</tool_call>\n<|im_end|>»"
+    assert world.judge(asked, called).kind == RIGHT
+    assert world.judge(asked, called.replace("\n<|im_end|>", "")).wrong
+    assert world.judge(asked, called.replace("forecast", "forecast a")).wrong
+    goes_on = "\n<|im_start|>tool\nsunshine\n<|im_end|>\n<|im_start|>assistant\n«Polished limestone\n<|im_end|>»"
+    later = ask + "<tool_call>forecast a</tool_call>\n<|im_end|>" + goes_on
+    assert world.judge([*asked, *answers], called, later).kind == RIGHT
+    both = called.replace("forecast", "forecast a") + goes_on
+    assert "as later turns rewrite it" in world.judge([*asked, *answers], both).wrong[0]
+
+
 def test_turns_that_are_rewritten_later_need_a_sample_each():
     world = World(THINKS)
     ask, think = ASK + "«", "<think></think>"
@@ -273,6 +301,34 @@ def test_the_judge_sees_a_forged_turn():
         np.array(made.supervised[:at].tolist() + [False] * len(letters) + made.supervised[at + 3 :].tolist()),
     )
     assert (world.judge(messages, kept).kind, world.judge(messages, kept).wrong) == (RIGHT, [])
+
+
+def test_a_template_without_a_system_role_is_plain_where_the_flag_helps():
+    assert measure(CASES["gemma"]).plain == "system merged"
+    assert measure(CASES["llama3"]).plain == "yes"
+
+
+def test_the_table_says_why_and_where_the_bar_is():
+    lines = [
+        Line("one", Counter({RIGHT: 3, SPOKEN: 1}), Counter({"VANISHED: the text": 1})),
+        Line("two", Counter({RIGHT: 2, SPOKEN: 1, WRONG: 1}), notes=Counter({"noted: <think>": 1}), plain="no"),
+    ]
+    lines[1].wrong = ["system (last): mask: 'a' is not trained"]
+    table = as_table(lines, bar=(1, 0.9))
+    assert table.startswith("2 templates, 8 cells: 5 right, 2 spoken of, 1 wrong")
+    assert "at least 1 train all plain shapes (1 do; not: two)" in table
+    assert "at least 90% of all cells are right or spoken of (87.5% are); none is wrong (1 are)" in table
+    assert "| one | 3 | 1 | 0 | yes | 1 (1) |" in table and "\n1. VANISHED: the text (1)\n" in table
+    assert "| two | 2 | 1 | 1 | no | 2 (1), **mask: … is not trained** (1) |" in table
+    assert "\n2. noted: &lt;think> (1)" in table and "The bar" not in as_table(lines)
+    page = "before\n<!-- real: begin -->\nold\n<!-- real: end -->\nafter"
+    assert with_table(page, "real", "new") == page.replace("old", "new")
+    with pytest.raises(ValueError, match="<!-- twins: begin -->"):
+        with_table(page, "twins", "new")
+
+
+def test_reasons_are_alike_but_for_what_a_row_says():
+    assert kind_of("end: 'it\\'s' of message 12:\n \"x\"") == "end: … of message N: …"
 
 
 def test_the_shapes_are_rows_that_the_reader_takes():
