@@ -24,7 +24,7 @@ from dataset.reader import parse_conversation
 from scripts.templates_shapes import Row, answer, shapes, user
 
 LENGTH = 8192
-ROWS = 200  # of each kind of data
+ROWS = 2000  # of each kind of data, at most
 STAYS = 0.2  # the throw at which MiniMind neither adds a system prompt nor takes out a think block
 END = "same, but MiniMind also trains the line feed after the end of a turn"
 
