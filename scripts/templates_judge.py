@@ -224,7 +224,11 @@ class Judgement:
         start = len(gap[:latest].decode(errors="replace")[: opening.start()].encode()) if opening else latest
         if twin and self.oracle.marks_itself and begin == twin[0]:
             pass  # its authors want it so
-        elif begin < before + start and self.data[begin : before + start].strip() or self._has_header(begin, first):
+        elif (
+            begin < before + start
+            and self.data[begin : before + start].strip()
+            or self._has_header(gap[:latest], begin, first)
+        ):
             self.wrong(f"mask: the header is trained: {self._text(begin, first)!r}")
         latest = max(latest, twin[0] - before) if twin else latest
         if begin > before + latest and self.data[before + latest : begin].strip():
@@ -233,9 +237,10 @@ class Judgement:
         if twin:
             self._compare(turn, begin, end, *twin)
 
-    def _has_header(self, begin: int, first: int) -> bool:
+    def _has_header(self, shared: bytes, begin: int, first: int) -> bool:
+        """Whether a header is trained that stands behind what is shared with the prompt."""
         header = self.oracle.header().strip().encode()
-        return bool(header) and header in self.data[begin:first]
+        return bool(header) and header not in shared and header in self.data[begin:first]
 
     def _check_other_words(self, start: int, begin: int) -> None:
         """What is not trained and not in the prompt has to be a header that the conversation words differently."""

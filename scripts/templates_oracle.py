@@ -125,7 +125,7 @@ class Oracle:
                 with contextlib.suppress(Exception):  # a template is a program of its own
                     texts.append(self.render(messages, tools, way, prompt))
             if texts:
-                return [text[max(text.find("Anise"), 0) :] for text in texts] if tools else texts
+                return texts if tools is None else [text[max(text.find("Anise"), 0) :] for text in texts]
         return []
 
     def spelled(self) -> tuple[list[str], str]:
