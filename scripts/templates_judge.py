@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from scripts.templates_oracle import OPENING, Messages, Oracle, Reference, Tools, at_leaf, common
+from scripts.templates_oracle import OPENING, Oracle, Reference
+from scripts.templates_turns import Turns
+from scripts.templates_words import Messages, Tools, at_leaf
 
 RIGHT, SPOKEN, WRONG = "right", "spoken of", "wrong"
-BEGINS = re.compile(r"(?i)<[|｜]?(im_|hy_)?(start|begin|user|assistant|system|role)(?!.*end)")
+IN_OTHER_WORDS = "asks for answers in other words"
 SAYS = {
     "content": r"content|text|answer|reasoning|think",
     "reasoning": r"reason|think",
@@ -86,12 +88,13 @@ class Judgement:
             return
         self.last, self.reference, self.spans, self.tail = found
         self.messages = self.all[: self.last + 1]
+        self.turns = Turns(self.oracle, self.all, self.reference)
         self.data, self.wrote = self.reference.data, self.reference.wrote
         self.supervised = np.zeros(len(self.data) + 1, dtype=bool)
         for (start, end), flag in zip(self.spans, self.mask, strict=False):
             self.supervised[start:end] = flag
         self.covered = self.spans[-1][1] if self.spans else 0
-        self.own = {place for places in self.wrote.values() for place in places}
+        self.own = {place for places in self.reference.said.values() for place in places}
         self._check_ids()
         self._check_forgery()
         self._check_mask()
@@ -136,9 +139,9 @@ class Judgement:
                 self.verdict.differences.append("prompt and answer are encoded apart")
 
     def _is_border(self, start: int, end: int) -> bool:
-        """Whether an answer begins or ends there, beside white space."""
+        """Whether an answer begins or ends there, trained or not, beside white space."""
         flags = np.append(self.supervised, False)
-        if not self.data[start:end].strip() and any(begin <= start and end <= first for begin, first in self._gaps()):
+        if not self.data[start:end].strip() and any(begin <= start and end <= stop for begin, stop in self._gaps()):
             return True
         for place in range(start, min(end, self.covered) + 1):
             before = flags[place - 1] if place else False
@@ -148,14 +151,11 @@ class Judgement:
         return False
 
     def _gaps(self) -> Iterator[tuple[int, int]]:
-        """What stands between the text of each answer and the one before."""
+        """What stands between the text of each answer and those of its neighbours."""
         for turn, message in enumerate(self.messages):
             if message["role"] == "assistant" and self.wrote[turn]:
-                yield self._before(turn), self.wrote[turn][0]
-
-    def _before(self, turn: int) -> int:
-        """Where the texts of the messages before a turn end."""
-        return max((p[-1] + 1 for n, p in self.wrote.items() if n < turn and p), default=0)
+                yield self.reference.before(turn), self.wrote[turn][0]
+                yield self.wrote[turn][-1] + 1, self.reference.after(turn)
 
     def _check_letters(self, start: int, end: int, missing: list[int]) -> None:
         """Marks of turns that a text spells are letters; an answer's other tokens are the model's own."""
@@ -189,7 +189,7 @@ class Judgement:
                     return
                 begin, end = self._run_of(turn)
                 self._check_stretch(turn, begin, end)
-                self._check_stable(turn, begin)
+                self._check_stable(turn)
                 allowed[begin:end] = True
             elif flags.any():
                 self.wrong(f"mask: trained although of {message['role']} {turn}: {self._excerpt(turn, ~flags)!r}")
@@ -215,37 +215,54 @@ class Judgement:
 
     def _check_stretch(self, turn: int, begin: int, end: int) -> None:
         first, last = self.wrote[turn][0], self.wrote[turn][-1] + 1
-        before = self._before(turn)
-        prompt = self._prompt_tail(turn)
+        before = self.reference.before(turn)
+        prompt = self.turns.prompt_tail(turn)
         gap = self.data[before:first]
-        latest = self._whole_marks(gap, common(gap, prompt))
+        latest = self.turns.shared(gap, prompt)
         twin = self._twin_span(turn)
         opening = OPENING.search(gap[:latest].decode(errors="replace"))
         start = len(gap[:latest].decode(errors="replace")[: opening.start()].encode()) if opening else latest
         if twin and self.oracle.marks_itself and begin == twin[0]:
             pass  # its authors want it so
-        elif begin < before + start and self.data[begin : before + start].strip():
+        elif (
+            begin < before + start
+            and self.data[begin : before + start].strip()
+            or self._has_header(gap[:latest], begin, first)
+        ):
             self.wrong(f"mask: the header is trained: {self._text(begin, first)!r}")
         latest = max(latest, twin[0] - before) if twin else latest
         if begin > before + latest and self.data[before + latest : begin].strip():
-            self.wrong(f"mask: not trained, and not in the prompt: {self._text(before + latest, begin)!r}")
-        after = min((p[0] for n, p in self.wrote.items() if n > turn and p), default=len(self.data))
-        self._check_end(turn, last, end, after)
+            self._check_other_words(before + latest, begin)
+        self._check_end(turn, last, end)
         if twin:
             self._compare(turn, begin, end, *twin)
 
-    def _check_end(self, turn: int, last: int, end: int, after: int) -> None:
+    def _has_header(self, shared: bytes, begin: int, first: int) -> bool:
+        """Whether a header is trained that stands behind what is shared with the prompt."""
+        header = self.oracle.header().strip().encode()
+        return bool(header) and header not in shared and header in self.data[begin:first]
+
+    def _check_other_words(self, start: int, begin: int) -> None:
+        """What is not trained and not in the prompt has to be a header that the conversation words differently."""
+        left_out = self.data[start:begin].decode(errors="replace")
+        header = self.oracle.header()
+        noted = [note for note in getattr(self.sample, "notes", ()) if IN_OTHER_WORDS in note]
+        if noted and header and left_out.endswith(header) and not any(p in self.own for p in range(start, begin)):
+            self.verdict.spoken.append(f"noted: {noted[0]}")
+        else:
+            self.wrong(f"mask: not trained, and not in the prompt: {self._text(start, begin)!r}")
+
+    def _check_end(self, turn: int, last: int, end: int) -> None:
         """Supervision has to reach what ends the turn, and what it says after that is white space."""
-        alone, middle = self._after(turn)
-        needed = self._end_of_turn(alone, middle, turn)
+        needed = self.turns.end(turn, turn == self.last)
         if turn != self.last:
-            tail, ours = self.data[last:after], end - last
+            tail, ours = self.data[last : self.reference.after(turn)], end - last
             wanted = len(needed) if tail.startswith(needed) else 0
             if not wanted:
                 self.wrong(f"mask: turn {turn} does not end with {needed.decode(errors='replace')!r}")
         else:
             kept = self.data[last : self.covered]  # the sample may end before the rendering does
-            tail = kept + b"".join(map(self.oracle.piece, self.tail)) if self.tail else alone
+            tail = kept + b"".join(map(self.oracle.piece, self.tail)) if self.tail else self.turns.after(turn)[0]
             ours = end - last + (len(tail) - len(kept) if self.tail and all(self.mask[-len(self.tail) :]) else 0)
             if not tail.startswith(needed):
                 shown = (needed.decode(errors="replace"), tail.decode(errors="replace"))
@@ -256,114 +273,26 @@ class Judgement:
             wanted = len(needed)
         if ours < wanted:
             self.wrong(f"end: not trained: {tail[ours:wanted].decode(errors='replace')!r} after turn {turn}")
-        elif self._marks(tail[wanted:ours]) and turn == self.last:
+        elif self.turns.marks(tail[wanted:ours]) and turn == self.last:
             self.verdict.differences.append("the end of the whole text is trained after the end of the turn")
-        elif self._marks(tail[wanted:ours]):
+        elif self.turns.marks(tail[wanted:ours]):
             self.wrong(f"end: trained beyond its end: {tail[wanted:ours].decode(errors='replace')!r} after turn {turn}")
 
-    def _end_of_turn(self, alone: bytes, middle: bytes | None, turn: int) -> bytes:
-        """What has to be trained after a turn's text, from how the turn ends as the last one and in the middle.
-
-        What both have in common up to its last mark; if that has none, up to the first mark of the middle.
-        """
-        plain, calls = self._plain_end(), self.messages[turn].get("tool_calls")
-        if middle is None:
-            return alone[: max(self._marks(alone), default=len(alone.rstrip()))]
-        shared = alone[: common(alone, middle)]
-        marks = self._marks(shared)
-        if plain is not None and calls and not (marks and plain in shared):  # plain answers are left open
-            return middle[: next((at for at in self._marks(middle) if at > len(shared)), len(shared))]
-        if marks:
-            begins = self._begin_of_turn(shared)
-            return shared[: max((at for at in marks if at <= begins), default=marks[0])]
-        if turn == self.last and (own := self._marks(alone)):
-            return alone[: own[-1]]  # another token at the end of all
-        if found := self._marks(middle):
-            return middle[: found[0]]
-        return shared or middle[: 1 + len(middle) - len(middle.lstrip())]
-
-    def _plain_end(self) -> bytes | None:
-        """What ends a plain answer in the middle, if the template leaves the last one open."""
-        said: Messages = [{"role": "user", "content": "Anise"}, {"role": "assistant", "content": "Basil"}]
-        more: Messages = [{"role": "user", "content": "Clove"}, {"role": "assistant", "content": "Dill"}]
-        try:
-            way, tools = self.reference.way, self.reference.tools
-            alone = self.oracle.render(said, tools, way).rsplit("Basil", 1)[1].encode()
-            middle = self.oracle.render(said + more, tools, way).rsplit("Basil", 1)[1].split("Clove")[0].encode()
-        except Exception:
-            return None
-        if self._marks(alone):
-            return None
-        marks = self._marks(middle)
-        return middle[: marks[0]].strip() if marks else None
-
-    def _after(self, turn: int) -> tuple[bytes, bytes | None]:
-        """What follows the text of a turn as the last one, and with a message of the next role after it."""
-        said = self.all[: turn + 1]
-        way, tools = self.reference.way, self.reference.tools
-        alone = self._behind(said, turn, tools, way) or b""
-        calls = self.all[turn].get("tool_calls", [])
-        results: Messages = [
-            {"role": "tool", "content": "walnuts", "tool_call_id": call.get("id", "")} for call in calls
-        ]
-        more: Messages = [
-            *(results or [{"role": "user", "content": "walnuts"}]),
-            {"role": "assistant", "content": "hazel"},
-        ]
-        return alone, self._behind(said + more, turn, tools, way)
-
-    def _behind(self, messages: Messages, turn: int, tools: Tools, way: str) -> bytes | None:
-        try:
-            text = self.oracle.render(messages, tools, way)
-        except Exception:
-            return None
-        places = [self.oracle.places(text, messages, tools, way, n) for n in range(turn, len(messages))]
-        later = min((p[0] for p in places[1:] if p), default=len(text.encode()))
-        own = [place for place in places[0] if place < later]
-        return text.encode()[own[-1] + 1 : later] if own else None
-
-    def _prompt_tail(self, turn: int) -> bytes:
-        """What the generation prompt holds after the text of the messages before a turn."""
-        said = self.all[:turn]
-        way, tools = self.reference.way, self.reference.tools
-        try:
-            text = self.oracle.render(said, tools, way, prompt=True)
-        except Exception:
-            return b""
-        places = [self.oracle.places(text, said, tools, way, n, prompt=True) for n in range(len(said))]
-        return text.encode()[max((p[-1] + 1 for p in places if p), default=0) :]
-
-    def _marks(self, text: bytes) -> list[int]:
-        """The ends of the tokens in a text that may end a turn."""
-        shown = text.decode(errors="replace")
-        return [len(shown[: match.end()].encode()) for match in self.oracle.mark.finditer(shown)]
-
-    def _whole_marks(self, text: bytes, end: int) -> int:
-        """The place, or the beginning of the token that it would cut."""
-        shown = text.decode(errors="replace")
-        cut = len(text[:end].decode(errors="ignore"))
-        inside = [m.start() for m in self.oracle.mark.finditer(shown) if m.start() < cut < m.end()]
-        return len(shown[: inside[0]].encode()) if inside else end
-
-    def _begin_of_turn(self, text: bytes) -> int:
-        """Where the header of a next turn begins, which some templates write though nobody asked for it."""
-        shown = text.decode(errors="replace")
-        found = [m.start() for m in self.oracle.mark.finditer(shown) if BEGINS.match(m[0])]
-        return len(shown[: found[0]].encode()) if found and found[0] else len(text)
-
-    def _check_stable(self, turn: int, begin: int) -> None:
+    def _check_stable(self, turn: int) -> None:
         """A turn that is trained in the middle has to read as it did when the model had to write it."""
         if turn == self.last:
             return
         said = self.all[: turn + 1]
-        alone = self.oracle.render(said, self.reference.tools, self.reference.way)
-        places = self.oracle.places(alone, said, self.reference.tools, self.reference.way, turn)
-        before = [self.oracle.places(alone, said, self.reference.tools, self.reference.way, n) for n in range(turn)]
-        data, last = alone.encode(), max((p[-1] + 1 for p in before if p), default=0)
-        here = self._before(turn)
-        if places and data[last : places[-1] + 1] != self.data[here : self.wrote[turn][-1] + 1]:
-            shown = data[last : places[-1] + 1].decode(errors="replace"), self._text(here, self.wrote[turn][-1] + 1)
-            self.wrong(f"mask: turn {turn} is trained as later turns rewrite it: {shown[1]!r} instead of {shown[0]!r}")
+        text = self.turns.render(said) or ""
+        places = [self.turns.places(text, said, number) for number in range(turn + 1)]
+        if not (own := places.pop()):
+            return
+        begin, end = max((p[-1] + 1 for p in places if p), default=0), own[-1] + 1
+        here, stop = self.reference.before(turn), self.wrote[turn][-1] + 1
+        unclosed = self.turns.unclosed(turn)
+        if text.encode()[begin:end] != self.data[here:stop] or not text.encode().startswith(unclosed, end):
+            shown = self._text(here, stop + len(unclosed)), text.encode()[begin:].decode(errors="replace")
+            self.wrong(f"mask: turn {turn} is trained as later turns rewrite it: {shown[0]!r} instead of {shown[1]!r}")
 
     def _text(self, start: int, end: int) -> str:
         return self.data[start:end][:80].decode(errors="replace")
@@ -409,15 +338,15 @@ class Judgement:
     # ---- what is gone
 
     def _check_missing(self) -> None:
-        notes = " ".join(getattr(self.sample, "notes", ())).lower()
+        notes = getattr(self.sample, "notes", ())
         for leaf in self.reference.missing:
             kind = leaf[1]
             value = str(at_leaf(self.messages, self.reference.tools, leaf))
             where = "the tools" if leaf[0] < 0 else f"message {leaf[0]}"
             if kind == "content" and self.messages[leaf[0]]["role"] == "assistant" and "<think>" in value:
                 kind = "reasoning"
-            if re.search(SAYS[kind], notes):
-                self.verdict.spoken.append(f"noted: {notes}")
+            if told := [f"noted: {note}" for note in notes if re.search(SAYS[kind], note.lower())]:
+                self.verdict.spoken += told
             elif not self._elsewhere(leaf):
                 self.wrong(f"gone: {kind} {value[:30]!r} of {where}")
 

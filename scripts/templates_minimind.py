@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from dataset.reader import parse_conversation
 from scripts.templates_shapes import Row, answer, shapes, user
 
 LENGTH = 8192
-ROWS = 200  # of each kind of data
+ROWS = 2000  # of each kind of data, at most
 STAYS = 0.2  # the throw at which MiniMind neither adds a system prompt nor takes out a think block
 END = "same, but MiniMind also trains the line feed after the end of a turn"
 
@@ -33,7 +34,7 @@ def rows(data: Path) -> Iterator[tuple[str, Row]]:
     for name, row in shapes([], "").items():
         if "spelled" not in name and "train:" not in name:  # its texts can forge tokens, and it trains every turn
             yield "shapes", as_minimind(row["messages"], row.get("tools"))
-    questions = [json.loads(line) for line in (data / "gsm8k" / "test.jsonl").open(encoding="utf-8")][:ROWS]
+    questions = list(_first_rows(data / "gsm8k" / "test.jsonl"))
     for at, row in enumerate(questions):
         yield "GSM8K", as_minimind([user(row["question"]), answer(row["answer"])])
         steps, short = row["answer"].rsplit("\n", 1)
@@ -43,13 +44,17 @@ def rows(data: Path) -> Iterator[tuple[str, Row]]:
         turns = [m for other in questions[at : at + 3] for m in (user(other["question"]), answer(other["answer"]))]
         turns[1]["reasoning_content"] = steps
         yield "three turns, the first with reasoning", as_minimind(turns)
-    for line in (data / "sgd" / "dev.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]:
-        row = json.loads(line)
+    for row in _first_rows(data / "sgd" / "dev.jsonl"):
         yield "tool dialogues", as_minimind(row["messages"], row.get("tools"))
         thought = [
             m | {"reasoning_content": "This needs a tool"} if m.get("tool_calls") else m for m in row["messages"]
         ]
         yield "tool dialogues with reasoning", as_minimind(thought, row.get("tools"))
+
+
+def _first_rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as lines:
+        yield from map(json.loads, islice(lines, ROWS))
 
 
 def as_minimind(messages: list[Row], tools: Any = None) -> Row:

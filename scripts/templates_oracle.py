@@ -6,7 +6,7 @@ the places where the two renderings differ are those that the text wrote.
 
 from __future__ import annotations
 
-import codecs
+import contextlib
 import copy
 import json
 import re
@@ -18,10 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from scripts.templates_families import BYTES, added
+from scripts.templates_words import THINK_TAG, Leaf, Messages, Tools, at_leaf, common, leaves, with_leaf
 
-Messages = list[dict[str, Any]]
-Tools = list[dict[str, Any]] | None
-Leaf = tuple[int, str, tuple[str | int, ...]]  # message (-1: the tools), kind, where in it
 # what a template may open before the content; where that is part of the prompt already, it may be trained or not
 OPENING = re.compile(
     r"\n?(</?\|?(\w+:)?"
@@ -29,26 +27,12 @@ OPENING = re.compile(
     r"|\[/?THINK\]|<\|open\|>think)"
 )
 MARKS_ITSELF = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-THINK_TAG = re.compile(r"(</?think>)")
+SOME_TOOLS: Tools = [
+    {"type": "function", "function": {"name": "spice", "description": "", "parameters": {"type": "object"}}}
+]
 BYTE_OF = {chr(value): value for value in BYTES} | {
     chr(256 + at): value for at, value in enumerate(value for value in range(256) if value not in BYTES)
 }
-
-
-def altered(text: str, keep_tags: bool = False) -> str:
-    """Another text of the same length in which every letter differs; inline think tags may stay what they are."""
-    parts = THINK_TAG.split(text) if keep_tags else [text]
-    return "".join(
-        part if at % 2 else "".join(map(_other, codecs.encode(part, "rot13"))) for at, part in enumerate(parts)
-    )
-
-
-def _other(character: str) -> str:
-    return (
-        chr(ord(character) + 1)
-        if ord(character) > 0x2E7F and character.isprintable() and character != "｜"
-        else character
-    )
 
 
 def _without_content(messages: Messages) -> Messages:
@@ -83,17 +67,28 @@ WAYS: dict[str, Callable[[Messages], Messages]] = {  # in which a row may be han
 class Reference:
     """A rendering by transformers: its text, which places each message wrote, what is missing in it.
 
-    `wrote[n]` holds places in the UTF-8 bytes of the text, sorted.
+    `said[n]` holds places in the UTF-8 bytes of the text, sorted; `wrote[n]` those before what a later message wrote.
     """
 
     way: str
     tools: Tools
     text: str
     wrote: dict[int, list[int]] = field(default_factory=dict)
+    said: dict[int, list[int]] = field(default_factory=dict)
     missing: list[Leaf] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.data = self.text.encode()
+
+    def before(self, turn: int) -> int:
+        """Where the texts of the messages before a turn end; a template may write them in another order."""
+        first = self.wrote[turn][0]
+        places = (place for n, said in self.said.items() if n < turn for place in said if place < first)
+        return max(places, default=-1) + 1
+
+    def after(self, turn: int) -> int:
+        """Where the text of the next message begins."""
+        return min((p[0] for n, p in self.wrote.items() if n > turn and p), default=len(self.data))
 
 
 class Oracle:
@@ -117,28 +112,37 @@ class Oracle:
         said: Messages = [{"role": "user", "content": "Anise"}, {"role": "assistant", "content": "Basil"}]
         texts = []
         for messages in (said, said * 2, [{"role": "system", "content": "Clove"}, *said], said[:1]):
-            for way in ("as it is", "content in parts"):
-                try:
-                    texts.append(self.render(messages, None, way, prompt=len(messages) % 2 == 1))
-                except Exception:
-                    continue
+            texts += self._plain(messages, prompt=len(messages) % 2 == 1)
         ends = [self.tokenizer.eos_token, self.tokenizer.bos_token]
         found = {n: t.content for n, t in self.added.items() if t.content in ends or any(t.content in s for s in texts)}
         return {number for number, token in found.items() if token in ends or not OPENING.match(token)}
 
+    def _plain(self, messages: Messages, prompt: bool) -> list[str]:
+        """Renderings of a plain conversation; where a template insists on tools, what follows its first words."""
+        for tools in (None, [], SOME_TOOLS):
+            texts = []
+            for way in ("as it is", "content in parts"):
+                with contextlib.suppress(Exception):  # a template is a program of its own
+                    texts.append(self.render(messages, tools, way, prompt))
+            if texts:
+                return texts if tools is None else [text[max(text.find("Anise"), 0) :] for text in texts]
+        return []
+
     def spelled(self) -> tuple[list[str], str]:
         """The marks of turns that a row can spell, and what would begin an answer."""
-        said: Messages = [{"role": "user", "content": "Anise"}]
-        prompt = " "
-        for way in ("as it is", "content in parts"):
-            try:
-                prompt = self.render(said, None, way, prompt=True).rsplit("Anise", 1)[1]
-                break
-            except Exception:
-                continue
+        return sorted(self.added[number].content for number in self.structure), self._asks()
+
+    def header(self) -> str:
+        """The header of an answer, from its last mark on."""
+        asks = self._asks()
+        return asks[max((match.start() for match in self.mark.finditer(asks)), default=len(asks)) :]
+
+    def _asks(self) -> str:
+        """What asks for an answer, between the end of a question and what the answer may open."""
+        texts = self._plain([{"role": "user", "content": "Anise"}], prompt=True)
+        prompt = texts[0].rpartition("Anise")[2] if texts else " "
         opening = OPENING.search(prompt)
-        marks = sorted(self.added[number].content for number in self.structure)
-        return marks, prompt[: opening.start()] if opening else prompt
+        return prompt[: opening.start()] if opening else prompt
 
     def render(self, messages: Messages, tools: Tools, way: str, prompt: bool = False) -> str:
         """The text of `apply_chat_template`; raises whatever the template raises."""
@@ -211,7 +215,8 @@ class Oracle:
     def reference(self, messages: Messages, tools: Tools, way: str) -> Reference:
         reference = Reference(way, tools, self.render(messages, tools, way))
         for number in range(len(messages)):
-            reference.wrote[number] = self.places(reference.text, messages, tools, way, number)
+            reference.said[number] = self.places(reference.text, messages, tools, way, number)
+            reference.wrote[number] = reference.said[number]
         for number in range(len(messages)):  # what stands in a later message too was first written by this one
             later = min((places[0] for at, places in reference.wrote.items() if at > number and places), default=None)
             if later is not None:
@@ -308,51 +313,3 @@ class Oracle:
             spans.append((place, end))
             place = end
         return spans, []
-
-
-def leaves(messages: Messages, tools: Tools) -> Iterator[Leaf]:
-    """Where the texts of a conversation stand that a template should write."""
-    for number, message in enumerate(messages):
-        role = message["role"]
-        kind = {"system": "system", "tool": "result", "user": "content", "assistant": "content"}[role]
-        yield number, kind, ("content",)
-        if message.get("reasoning_content"):
-            yield number, "reasoning", ("reasoning_content",)
-        for at, call in enumerate(message.get("tool_calls", [])):
-            yield number, "call", ("tool_calls", at, "function", "name")
-            for where in _strings(call["function"]["arguments"]):
-                yield number, "call", ("tool_calls", at, "function", "arguments", *where)
-    for at, tool in enumerate(tools or []):
-        yield -1, "tools", (at, "function", "description") if tool else ()
-
-
-def _strings(value: Any) -> Iterator[tuple[str | int, ...]]:
-    if isinstance(value, str):
-        yield ()
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else []):
-        for where in _strings(item):
-            yield (key, *where)
-
-
-def at_leaf(messages: Messages, tools: Tools, leaf: Leaf) -> Any:
-    value: Any = messages[leaf[0]] if leaf[0] >= 0 else tools
-    for key in leaf[2]:
-        value = value[key]
-    return value
-
-
-def with_leaf(messages: Messages, tools: Tools, leaf: Leaf) -> tuple[Messages, Tools]:
-    """The conversation with one of its texts altered."""
-    messages, tools = copy.deepcopy(messages), copy.deepcopy(tools)
-    value: Any = messages[leaf[0]] if leaf[0] >= 0 else tools
-    for key in leaf[2][:-1]:
-        value = value[key]
-    answers = leaf[0] >= 0 and messages[leaf[0]]["role"] == "assistant"
-    value[leaf[2][-1]] = altered(value[leaf[2][-1]], keep_tags=answers and leaf[1] == "content")
-    return messages, tools
-
-
-def common(left: str | bytes, right: str | bytes) -> int:
-    """Length of what both begin with."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(left), len(right)))

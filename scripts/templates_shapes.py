@@ -49,7 +49,7 @@ def answer(content: str, **more: Any) -> Row:
 
 
 def call(number: int, name: str, **arguments: Any) -> Row:
-    return {"id": f"call{number:05}", "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"id": f"shape{number:04}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def calls(*made: Row, content: str = "", **more: Any) -> Row:
@@ -57,7 +57,7 @@ def calls(*made: Row, content: str = "", **more: Any) -> Row:
 
 
 def result(number: int, content: str) -> Row:
-    return {"role": "tool", "content": content, "tool_call_id": f"call{number:05}"}
+    return {"role": "tool", "content": content, "tool_call_id": f"shape{number:04}"}
 
 
 def turns(count: int, reasons: Sequence[int] = ()) -> list[Row]:
