@@ -192,13 +192,13 @@ class ChatRenderer:
         try:
             rendering = self._template.rendering(messages, request)
         except RowError as error:
-            raise self._with_hint(error, messages, tools, traits) from error
+            raise self._with_hint(error, messages, tools, traits, spelled) from error
         self._refuse_composed(rendering, request, traits)
         try:
             cuts = self._affordable(rendering, trained) if cuts is None else cuts
             stretches = cut(rendering, traits, trained, cuts)
         except RowError as error:
-            raise self._with_hint(error, messages, tools, traits) from error
+            raise self._with_hint(error, messages, tools, traits, spelled) from error
         if self._train_on == "all":  # what lies between the turns and after them too
             rest = rendering.text[sum(len(text) for text, _ in stretches) :]
             stretches = [(text, flag or at % 2 == 0) for at, (text, flag) in enumerate([*stretches, (rest, False)])]
@@ -233,14 +233,19 @@ class ChatRenderer:
             f"dialogue, or --train_on last (at most {MESSAGES_RENDERED:,} messages are rendered for a row)",
         )
 
-    def _with_hint(self, error: RowError, messages: list[Message], tools: Tools, traits: Traits) -> RowError:
-        """The error with a way out where there is one."""
+    def _with_hint(
+        self, error: RowError, messages: list[Message], tools: Tools, traits: Traits, spelled: dict[str, str]
+    ) -> RowError:
+        """The error in the words of the row, with a way out where there is one."""
+        said = str(error)
+        for stand_in, token in spelled.items():
+            said = said.replace(repr(stand_in)[1:-1], token).replace(stand_in, token)
         hints = []
         if messages[0]["role"] == "system" and "system message" not in traits.writes:
             hints.append("--system_as user puts the system message before the first question")
         if error.code == "TEMPLATE" and any("function" not in tool for tool in tools or ()):
             hints.append('templates may want tools as {"type": "function", "function": {"name": …}}')
-        return RowError(error.code, "; ".join([str(error), *hints]))
+        return RowError(error.code, "; ".join([said, *hints]))
 
     def _notes_on_missing(
         self, rendering: Rendering, request: Request, traits: Traits, trained: Sequence[int],

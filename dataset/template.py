@@ -45,6 +45,7 @@ class Form:
     content: str = "text"  # or "parts": [{"type": "text", "text": ...}]
     arguments: str = "object"  # or "text": their JSON
     silence: str = "empty"  # of a message that only calls tools; or "null", or "absent"
+    no_tools: str = "null"  # or "empty": an empty list
 
     def of(self, messages: list[Message]) -> list[Message]:
         """The messages in this form."""
@@ -159,7 +160,8 @@ class ChatTemplate:
                 track = template.environment.activate_tracker
                 with track(pieces, marked) if has_marks(source) else contextlib.nullcontext():
                     for piece in template.generate({
-                        **request.variables, **self._variables, "tools": request.tools, "documents": None,
+                        **request.variables, **self._variables, "documents": None,
+                        "tools": request.tools or ([] if request.form.no_tools == "empty" else None),
                         "messages": WatchedList(_alias_reasoning_fields(request.form.of(messages)), note_length),
                         "add_generation_prompt": generation_prompt,
                     }):  # fmt: skip

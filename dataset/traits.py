@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dataset.files import RowError
@@ -153,13 +153,14 @@ def find_traits(
     answer = _ending_of_answers(probe, plain)
     call = _ending_of_calls(probe, answer)
     thinking, openings = _openings(probe, plain)
-    structural = {*_structural(probe, plain, (answer, call), thinking), *template.special_tokens}
+    header = _header(probe, [thinking, *openings])
+    structural = {*_structural(probe, plain, (answer, call), thinking, header), *template.special_tokens}
     own = {
         *_inside(probe, probe.heads(plain)),
         *filter(TAG.fullmatch, probe.tokens(template.source(probe.request.tools))),
     }
     return Traits(
-        form, _header(probe, [thinking, *openings]), thinking, openings, answer, call, frozenset(structural),
+        form, header, thinking, openings, answer, call, frozenset(structural),
         frozenset(own - structural), frozenset(_written(probe)), _marks_hold(template, probe.request),
     )  # fmt: skip
 
@@ -183,13 +184,13 @@ def _find_form(probe: Probe) -> Form | None:
         text = probe.text(messages, request=Request(tools, variables, form))
         return text if text is not None and all(word in text for word in words) else None
 
-    contents = [form for form in (Form(), Form("parts")) if shows(PROBE, form, USER, ANSWER)]
+    contents = [form for form in (Form(), Form("parts"), Form(no_tools="empty")) if shows(PROBE, form, USER, ANSWER)]
     if not contents:
         return None
     found = []
     for messages in (CALLED[:2], CALLED):
         for arguments, silence in FORMS:
-            form = Form(contents[0].content, arguments, silence)
+            form = replace(contents[0], arguments=arguments, silence=silence)
             if text := shows(messages, form, NAME, VALUE):
                 found.append((str({"nest": VALUE}) in text, form))
     return min(found, key=lambda pair: pair[0])[1] if found else contents[0]
@@ -310,7 +311,9 @@ def _header(probe: Probe, openings: Iterable[str]) -> str:
 # What is written
 
 
-def _structural(probe: Probe, plain: str, endings: Iterable[Ending | None], thinking: str) -> Iterator[str]:
+def _structural(
+    probe: Probe, plain: str, endings: Iterable[Ending | None], thinking: str, header: str
+) -> Iterator[str]:
     """The control tokens of headers and ends: those between what two speakers say."""
     yield from probe.heads(plain)
     yield from probe.tokens(_between(probe.text(TWO_TURNS), ANSWER, NEXT_USER))
@@ -332,6 +335,7 @@ def _structural(probe: Probe, plain: str, endings: Iterable[Ending | None], thin
         for header in headers:
             common = common[: probe.agree(common, header)]
         yield from (token for token in probe.tokens(common) if token not in probe.tokens(thinking))
+    yield from (token for token in probe.tokens(header) if not TAG.fullmatch(token))
 
 
 def _inside(probe: Probe, heads: set[str]) -> Iterator[str]:

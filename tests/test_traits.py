@@ -186,8 +186,10 @@ def test_of_templates_with_names_the_one_for_tools_is_taken_for_a_row_with_tools
 def test_a_template_that_needs_tools_serves_the_rows_that_have_some():
     by = renderer("{% for tool in tools %}{{ tool.function.name }}{% endfor %}" + chatml())
     assert trained(by, CALLED, TOOLS)[0][1] == "So.<|im_end|>"
-    with pytest.raises(RowError, match="'NoneType' object is not iterable"):
-        trained(by, [QUESTION, ANSWER])
+    assert trained(by, [QUESTION, ANSWER]) == [["So.<|im_end|>"]]  # an empty list is as good
+    insists = renderer("{% if not tools %}{{ raise_exception('no tools') }}{% endif %}" + chatml())
+    with pytest.raises(RowError, match="no tools"):
+        trained(insists, [QUESTION, ANSWER])
 
 
 def test_a_template_that_wants_no_system_message_names_the_way_out():
@@ -361,7 +363,8 @@ def test_generation_tags_that_do_not_hold_the_answer_are_not_believed():
 {%- macro say(m) %}{{ '<|im_start|>assistant\n' }}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
 {%- endmacro %}
 {%- for m in messages %}
-{%- if m.role == 'assistant' %}{{- say(m) + '\n' }}{% else %}{{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% endif %}
+{%- if m.role == 'assistant' %}{{- say(m) + '\n' }}
+{%- else %}{{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
     assert trained(renderer(macro), turns("a", "A polished limestone.")) == [["A polished limestone.<|im_end|>"]]
@@ -370,7 +373,7 @@ def test_generation_tags_that_do_not_hold_the_answer_are_not_believed():
 @pytest.mark.parametrize(
     ("written", "answer"),
     [
-        ("m.content[-5:]", "A polished limestone"),  # the beginning is gone
+        ("m.content[-9:]", "A polished limestone"),  # the beginning is gone
         ("m.content.split('---')[-1]", "hm --- So."),
         ("'' if m.tool_calls else m.content", "up"),  # which stands in the arguments, too
     ],
