@@ -103,7 +103,7 @@ def spoken(report: dict[str, Any]) -> Iterator[str]:
         yield f"{report['duplicates']} samples are the same as an earlier one (all of them are kept)"
     for token, count in report["rows_spelling_control_tokens"].items():
         way = f"--text_tokens {token!r} makes it the token, unless it marks turns"
-        yield f"{count} row{'s' * (count > 1)} spell {token} in their text, where it stays text; {way}"
+        yield f"{count} rows spell {token} in their text, where it stays text; {way}"
     yield from note_lines(report)
 
 

@@ -129,7 +129,7 @@ SUPERVISED = {
 def test_exactly_these_ids_are_supervised(tmp_path, name):
     """Bytes are their own ids under this tokenizer, and control tokens follow from 256 on."""
     path = write(tmp_path, GOLDEN[name][0] if name in GOLDEN else {"q": "a", "answer": "b"})
-    options = DataOptions("q", "answer") if name == "fields" else DataOptions()
+    options = DataOptions("q", "answer") if name == "fields" else DataOptions(vanished="warn")  # a plain template
     store = prepare(path, byte_tokenizer(), options, tmp_path / "cache", echo=lambda _: None)
     ids, supervised = store.tokens(0)
     assert store.report["layout"] == name and store.num_samples == 1
