@@ -14,6 +14,7 @@ import pytest
 
 from scripts.monitor import BLOCKS, Lines, Tail, View, arrow, bar, main, sparkline
 from tests.small_world import log_of, train
+from training.files import replace_json
 from training.report import ROOT
 
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -33,7 +34,7 @@ ALERT = {"kind": "train", "step": 9, "level": "error", "rule": "divergence", "ad
 
 def say(run, **state):
     said = {"status": "running", "step": 30, "total_steps": 60, "pid": os.getpid(), "updated_at": time.time()}
-    (run / "state.json").write_text(json.dumps({**said, **state}))
+    replace_json(run / "state.json", {**said, **state})  # whole, whoever reads it meanwhile
 
 
 @pytest.fixture
