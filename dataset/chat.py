@@ -45,7 +45,7 @@ class ChatRenderer:
         self._tokenizer, self._train_on, self._vanished = tokenizer, train_on, vanished
         self._tokens = ControlTokens(tokenizer, text_tokens)
         self._template = ChatTemplate(tokenizer, template_date)
-        self._known_traits: dict[str, Traits] = {}
+        self._known_traits: dict[tuple[bool, str], Traits] = {}
         reserved = set(self._template.special_tokens)
         if tokenizer.chat_template is not None:
             self._refuse_useless_template()
@@ -137,8 +137,9 @@ class ChatRenderer:
     def _traits(self, tools: Tools, variables: dict[str, Any]) -> Traits:
         if self._tokenizer.chat_template is None:
             raise ValueError(f"the tokenizer {self._tokenizer.name_or_path!r} has no chat_template")
-        read = {name: variables[name] for name in variables if name not in self._template.unread(variables, tools)}
-        key = json.dumps([bool(tools), read], sort_keys=True)
+        unread = self._template.unread(variables, tools) if variables else ()
+        read = {name: value for name, value in variables.items() if name not in unread}
+        key = bool(tools), json.dumps(read, sort_keys=True) if read else ""
         if key not in self._known_traits:
             if len(self._known_traits) >= TRAITS_KEPT:  # variables may differ from row to row
                 self._known_traits.clear()
@@ -259,7 +260,7 @@ class ChatRenderer:
         said = "".join(text for text, supervised in stretches if supervised)
         notes = [
             f"the chat template does not read {name!r} of chat_template_kwargs"
-            for name in self._template.unread(request.variables, request.tools)
+            for name in (self._template.unread(request.variables, request.tools) if request.variables else ())
         ]
         if traits.answer and traits.answer.token not in self._tokens.numbers and not rendering.marked:
             notes.append(f"no token closes an answer, the text {traits.answer.mark!r} does")

@@ -127,7 +127,7 @@ class ChatTemplate:
 
     def edits_texts(self, tools: Tools) -> bool:
         """Whether the template may make control tokens out of pieces of a text."""
-        return EDITS.search(self.source(tools)) is not None
+        return _edits_texts(self.source(tools))
 
     def unread(self, variables: dict[str, Any], tools: Tools) -> list[str]:
         """The variables that the template does not know."""
@@ -269,6 +269,11 @@ def has_marks(source: str) -> bool:
 def writes_the_date(source: str) -> bool:
     """Whether a template asks for today's date."""
     return "strftime_now" in source
+
+
+@lru_cache
+def _edits_texts(source: str) -> bool:
+    return EDITS.search(source) is not None
 
 
 @lru_cache

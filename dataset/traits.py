@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from dataset.files import RowError
@@ -65,6 +66,10 @@ class Traits:
     writes: frozenset[str] = frozenset()  # names of kinds of content, see _written
     marks: bool = False  # the generation tags of the template enclose what the assistant says
     problem: str | None = None  # why not even a question and its answer can be rendered
+
+    @cached_property
+    def own_tokens(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, sorted(self.own))) or r"(?!)")
 
     def ending(self, message: Message) -> Ending | None:
         return self.call if self.call and message.get("tool_calls") else self.answer

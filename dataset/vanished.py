@@ -33,7 +33,6 @@ def missing_from(
     `said`: for each message that is trained what it became; what others say may stand anywhere. Those in `skip` are not
     looked at. `render` renders changed messages: a template may write a text in another form, and then it changes too.
     """
-    own = re.compile("|".join(map(re.escape, sorted(traits.own))) or r"(?!)")
 
     def are_written(at: int, name: str, pieces: list[str]) -> bool:
         """Whether the rendering changes with the beginnings and with the ends of these texts."""
@@ -49,20 +48,29 @@ def missing_from(
     for at, message in enumerate(messages):
         if at in skip:
             continue
-        region, strings = said.get(at, whole), list(strings_in(message))
+        region, parts = said.get(at, whole), list(_parts_of(message))
+        if len(parts) == 1 and _stand_alone(parts[0][2], region) and _is_known(parts[0][0], message, traits):
+            continue  # as nearly all messages do
+        strings = list(strings_in(message))
         absent, anything = [], False
-        for kind, name, texts in _parts_of(message):
-            doubtful = [piece for piece in _pieces(texts, own) if not _stands(piece, region, strings)]
+        for kind, name, texts in parts:
+            pieces = _pieces(texts, traits.own_tokens)
+            doubtful = [piece for piece in pieces if not _stands(piece, region, strings)]
             known = _is_known(kind, message, traits)
             written = [known and are_written(at, name, [piece]) for piece in doubtful] if len(doubtful) < 2 else []
             if len(doubtful) > 1 and known and are_written(at, name, doubtful):
                 written = [are_written(at, name, [piece]) for piece in doubtful]
-            anything = anything or (known and len(doubtful) < len(_pieces(texts, own))) or any(written)
+            anything = anything or (known and len(doubtful) < len(pieces)) or any(written)
             if not known or (doubtful and not (written and all(written))):
                 absent.append(kind)
         yield from (Missing(at, kind, not anything) for kind in absent)
     if tools and not ("tools" in traits.writes and all(name in whole for name in _names_of(tools))):
         yield Missing(None, "tools")
+
+
+def _stand_alone(texts: list[str], region: str) -> bool:
+    """Whether a single text stands in the region as it is."""
+    return len(texts) == 1 and texts[0].strip() in region
 
 
 def _parts_of(message: Message) -> Iterator[tuple[str, str, list[str]]]:
