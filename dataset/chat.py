@@ -73,6 +73,7 @@ class ChatRenderer:
 
     def render(self, messages: list[Message], tools: Tools = None) -> Sample:
         """Renders one conversation as one sample; raises RowError when there is no right mask for it."""
+        self._template.spent = 0.0
         conversation = Conversation(0, messages, tools)
         chat = self._render_turns(conversation, self._trained_turns(conversation))
         (sample,) = self._tokens.encode([chat])
@@ -107,6 +108,7 @@ class ChatRenderer:
 
         Where the template renders earlier answers otherwise than they were written, the text is encoded in one piece.
         """
+        self._template.spent = 0.0
         traits = self._traits(tools, {})
         messages, tools, spelled = self._hide(messages, tools, traits)
         rendering = self._template.rendering(messages, Request(tools, {}, traits.form), generation_prompt=True)

@@ -97,7 +97,7 @@ def _end_of(rendering: Rendering, traits: Traits, turn: int, start: int) -> tupl
 
 def _follows(text: str, end: int, missing: str, traits: Traits) -> str | None:
     """What closes a turn amid others where the template leaves the last one open: the usual end, or another header."""
-    others = traits.structural if missing in traits.structural else ()
+    others = sorted(traits.structural, key=len, reverse=True) if missing in traits.structural else ()
     return next((mark for mark in (missing, *others) if text.startswith(mark, end)), None)
 
 

@@ -266,12 +266,6 @@ def has_marks(source: str) -> bool:
 
 
 @lru_cache
-def writes_the_date(source: str) -> bool:
-    """Whether a template asks for today's date."""
-    return "strftime_now" in source
-
-
-@lru_cache
 def _edits_texts(source: str) -> bool:
     return EDITS.search(source) is not None
 

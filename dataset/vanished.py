@@ -57,11 +57,10 @@ def missing_from(
             pieces = _pieces(texts, traits.own_tokens)
             doubtful = [piece for piece in pieces if not _stands(piece, region, strings)]
             known = _is_known(kind, message, traits)
-            written = [known and are_written(at, name, [piece]) for piece in doubtful] if len(doubtful) < 2 else []
-            if len(doubtful) > 1 and known and are_written(at, name, doubtful):
-                written = [are_written(at, name, [piece]) for piece in doubtful]
-            anything = anything or (known and len(doubtful) < len(pieces)) or any(written)
-            if not known or (doubtful and not (written and all(written))):
+            changing = known and (len(doubtful) == 1 or (bool(doubtful) and are_written(at, name, doubtful)))
+            present = [piece for piece in doubtful if changing and are_written(at, name, [piece])]
+            anything = anything or bool(present) or (known and len(doubtful) < len(pieces))
+            if not known or len(present) < len(doubtful):
                 absent.append(kind)
         yield from (Missing(at, kind, not anything) for kind in absent)
     if tools and not ("tools" in traits.writes and all(name in whole for name in _names_of(tools))):
