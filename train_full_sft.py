@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dataset.chat import show
+from dataset.chat import ChatRenderer, show
 from dataset.ledger import report_lines
 from dataset.load import DataRequest, RunData, batches_of, fetch_windows, load_rows, make_loader, write_rejects
 from dataset.prepare import DataOptions
@@ -58,6 +58,7 @@ from model.choose import (
 from model.compile import compile_layers
 from model.export import export_model
 from model.generate import generate
+from model.generation_config import generation_config
 from model.losses import make_sft_objective
 from model.trust import UnsafeModelError
 from trainer_utils import (
@@ -639,7 +640,9 @@ def run_job(
             logger.warning("%s: stopped after step %d; go on with --from_resume 1", reason, state.step)
         elif processes.is_main:
             card = model_card(asdict(resolved), data.report, records.last_eval, state.step)
-            export = partial(export_model, model=model, tokenizer=tokenizer, card=card)
+            renderer = ChatRenderer(tokenizer)
+            generation = generation_config(wanted, tokenizer, renderer.end_ids, renderer.end_texts)
+            export = partial(export_model, model=model, tokenizer=tokenizer, card=card, generation=generation)
             export_results(config, store, state.step, export)
             logger.info("the model is in %s/final; talk to it: python -m scripts.chat %s", save_dir, save_dir)
         if policies.best:

@@ -59,10 +59,19 @@ class ChatRenderer:
     @property
     def end_ids(self) -> set[int]:
         """The tokens that an answer can end with."""
-        endings = [ending for traits in self._usual_traits() for ending in (traits.answer, traits.call)]
-        ends = [ending.token for ending in endings if ending]
         numbers = self._tokens.numbers
-        return {self._tokenizer.eos_token_id, *(numbers[end] for end in ends if end in numbers)}
+        return {self._tokenizer.eos_token_id, *(numbers[end] for end in self._ends() if end in numbers)}
+
+    @property
+    def end_texts(self) -> list[str]:
+        """The texts that an answer can end with, where the template closes turns by text."""
+        return [end for end in self._ends() if end not in self._tokens.numbers]
+
+    def _ends(self) -> list[str]:
+        if self._tokenizer.chat_template is None:
+            return []
+        endings = [ending for traits in self._usual_traits() for ending in (traits.answer, traits.call)]
+        return list(dict.fromkeys(ending.token for ending in endings if ending))
 
     @property
     def end_of_turn(self) -> str:

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,11 +15,13 @@ from torch import Tensor
 from model.decoder import Decoder, DecoderConfig
 from model.families import config_json, unstacked
 from model.foreign import HFCausalLM
+from model.generation_config import GENERATION_CONFIG, SPECIAL
 from model.lora import Adapters, base_name, merge, write_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Config = dict[str, Any]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,11 +37,13 @@ TOKENIZER_FILES = (
 def export_model(
     directory: str | Path, model: Decoder | HFCausalLM, tokenizer: "str | Path | PreTrainedTokenizerFast", *,
     state_dict: dict[str, Tensor] | None = None, dtype: torch.dtype = torch.float32, card: str = "",
+    generation: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Publish `model` with its tokenizer as a Hugging Face directory, which is never seen half written.
 
     `state_dict` replaces the model's own weights (gathered from shards, or averaged). `tokenizer` is a directory, whose
-    files are copied as they are, or a loaded tokenizer. `card` is the text of README.md. Of a model with adapters the
+    files are copied as they are, or a loaded tokenizer. `card` is the text of README.md. `generation` is what generation_config.json says, by itself
+    the special tokens of the tokenizer and greedy decoding. Of a model with adapters the
     base with what they add is published, and beside it, in adapter/, they alone; ValueError where its base has changed.
     """
     directory = Path(directory).absolute()
@@ -50,14 +54,19 @@ def export_model(
     draft.mkdir()
     try:
         _write_tokenizer(tokenizer, draft)
+        generation = generation or {**_special_ids(draft), "do_sample": False}
         if model.adapters:
             state_dict = {name: tensor for name, tensor in state_dict.items() if base_name(name) is None}
             write_adapters(draft / "adapter", state_dict, model.adapters.config)
+            _write_json(draft / "adapter" / GENERATION_CONFIG, generation)
             model, state_dict = _with_adapters(model.adapters, state_dict, dtype)
         if isinstance(model, Decoder):
-            _write_decoder(draft, model.config, state_dict, dtype)
+            config = _write_decoder(draft, model.config, state_dict, dtype)
         else:
-            _write_transformers(draft, model, state_dict, dtype)
+            config = _write_transformers(draft, model, state_dict, dtype)
+        special = {name: generation.get(name) for name in SPECIAL}
+        _write_json(draft / "config.json", {**config, **special})
+        _write_json(draft / GENERATION_CONFIG, generation)
         (draft / "README.md").write_text(card, encoding="utf-8")
         _publish(draft, directory)
     except Exception as error:
@@ -84,20 +93,23 @@ def _with_adapters(
     return adapters.load_base(empty=True), weights
 
 
-def _write_decoder(draft: Path, config: DecoderConfig, state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:
-    special = _special_ids(draft)
-    _write_json(draft / "config.json", config_json(config, special, dtype))
-    _write_json(draft / "generation_config.json", {**special, "do_sample": False})
+def _write_decoder(draft: Path, config: DecoderConfig, state_dict: dict[str, Tensor], dtype: torch.dtype) -> Config:
+    """Write the weights; returns what its config.json says but for the special tokens."""
     skipped = {"lm_head.weight"} if config.tie_word_embeddings else set()
     stored = unstacked({name: tensor for name, tensor in state_dict.items() if name not in skipped})
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in stored.items()}
     save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+    return config_json(config, dtype)
 
 
-def _write_transformers(draft: Path, model: HFCausalLM, state_dict: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _write_transformers(draft: Path, model: HFCausalLM, state_dict: dict[str, Tensor], dtype: torch.dtype) -> Config:
+    """Write the weights; returns what its config.json says."""
+    from transformers import GenerationConfig
+
     weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in state_dict.items()}
+    model.inner.generation_config = GenerationConfig()  # transformers refuses to write some that it reads
     model.inner.save_pretrained(draft, state_dict=weights)
-    config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
+    config: Config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
     # transformers 4 reads other names than transformers 5 writes, and where it finds none it takes defaults in silence.
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -105,7 +117,7 @@ def _write_transformers(draft: Path, model: HFCausalLM, state_dict: dict[str, Te
         if rope["rope_type"] != "default":
             config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(draft / "config.json", config)
+    return config
 
 
 def _write_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerFast", target: Path) -> None:
@@ -119,9 +131,13 @@ def _write_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerFast", target: 
         tokenizer.save_pretrained(target)
     config_file = target / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    # transformers 5 writes a class name that 4.57 does not have.
+    # transformers 5 writes a class name that 4.57 does not have, a list where it wants an object, and how it was called.
     if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    for name in ("is_local", "local_files_only"):
+        config.pop(name, None)
     _write_json(config_file, config)
 
 
@@ -130,10 +146,10 @@ def _special_ids(directory: Path) -> dict[str, int | None]:
     config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     ids: dict[str, int | None] = {}
-    for kind in ("bos_token", "eos_token", "pad_token"):
-        token = config.get(kind)
+    for name in SPECIAL:
+        token = config.get(name.removesuffix("_id"))
         token = token["content"] if isinstance(token, dict) else token
-        ids[f"{kind}_id"] = None if token is None else tokenizer.token_to_id(token)
+        ids[name] = None if token is None else tokenizer.token_to_id(token)
     return ids
 
 

@@ -103,8 +103,8 @@ def _rope_in(config: dict[str, Any]) -> dict[str, Any]:
     return {**theta, **(config.get("rope_parameters") or config.get("rope_scaling") or {})}
 
 
-def config_json(config: DecoderConfig, special: dict[str, int | None], dtype: torch.dtype) -> dict:
-    """The config.json of a decoder as a model of its family, readable by transformers 5 and 4.57."""
+def config_json(config: DecoderConfig, dtype: torch.dtype) -> dict:
+    """The config.json of a decoder as a model of its family, readable by transformers 5 and 4.57; no special tokens."""
     family, dtype_name = family_of(config), str(dtype).removeprefix("torch.")
     shape = {name: value for name, value in config.to_dict().items() if name not in ("qk_norm", "qkv_bias")}
     scaling = config.rope_scaling or {"rope_type": "default"}
@@ -124,7 +124,6 @@ def config_json(config: DecoderConfig, special: dict[str, int | None], dtype: to
         "attention_dropout": 0.0,
         **options,
         "use_cache": True,
-        **special,
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
     }

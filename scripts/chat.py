@@ -109,7 +109,7 @@ class Talk:
         if room < 1:
             raise ValueError(f"the conversation has {len(prompt)} tokens, the context of this model only {context}")
         longest = min(self.max_new_tokens, room)
-        ends = self.renderer.end_ids
+        ends, texts = self.renderer.end_ids, self.renderer.end_texts
         sampling = replace(self.sampling, seed=self.sampling.seed + len(asked))  # each turn draws anew
         tokens = generate_stream(self.model, prompt, max_new_tokens=longest, eos_token_ids=ends, sampling=sampling)
         stream, answer, count = TextStream(self.tokenizer), "", 0
@@ -120,6 +120,8 @@ class Talk:
                     piece = stream.add(token)
                     answer += piece
                     print(piece, end="", flush=True)
+                    if any(text in answer for text in texts):  # a template that closes turns by text
+                        break
         except KeyboardInterrupt:
             if not interruptible:
                 raise
@@ -128,6 +130,8 @@ class Talk:
         if count == longest:
             limit = f"the context of this model, {context} tokens, is full" if longest == room else "--max_new_tokens"
             hint(f"[cut after {count} tokens: {limit}]")
+        for text in texts:
+            answer = answer.partition(text)[0]
         if (answer + rest).strip():  # a turn without an answer is nothing that training has shown
             self.messages = [*asked, as_message(answer + rest)]
 

@@ -210,10 +210,12 @@ def good_version(place: Place, step: int | None) -> Path:
 def export(place: Place, options: argparse.Namespace) -> int:
     import torch
 
+    from dataset.chat import ChatRenderer
     from dataset.tokenizer import vocabulary_size
     from model.card import model_card
     from model.choose import NEW, ModelRequest, choose_model, choose_tokenizer, load_tokenizer
     from model.export import export_model
+    from model.generation_config import generation_config
     from trainer_utils import named_weights
 
     checkpoint = good_version(place, options.step)
@@ -247,7 +249,9 @@ def export(place: Place, options: argparse.Namespace) -> int:
         raise ValueError(f"{checkpoint} holds no moving averages: they come from --ema_decay")
     weights = weights_to_export(checkpoint, averaged=options.ema)
     dtype = getattr(torch, options.dtype or settings["export_dtype"])
-    export_model(out, model, tokenizer, state_dict=weights, dtype=dtype, card=card)
+    renderer = ChatRenderer(tokenizer)
+    generation = generation_config(wanted, tokenizer, renderer.end_ids, renderer.end_texts)
+    export_model(out, model, tokenizer, state_dict=weights, dtype=dtype, card=card, generation=generation)
     print(f"the model after step {manifest['step']} is in {out}")
     return 0
 

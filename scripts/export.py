@@ -27,6 +27,7 @@ def export_gguf(options: argparse.Namespace) -> Path:
     """The file that was written. Raises ValueError for what llama.cpp would compute otherwise."""
     from model.choose import exported_directory, load_tokenizer
     from model.decoder import Decoder
+    from model.generation_config import stop_ids
     from model.loading import load_model
     from scripts.gguf_file import STOCK, write_gguf
 
@@ -38,7 +39,7 @@ def export_gguf(options: argparse.Namespace) -> Path:
     model = load_model(directory)
     if not isinstance(model, Decoder):
         raise ValueError(f"{directory} holds {type(model.inner).__name__}, which is not written here; {STOCK}")
-    write_gguf(out, model, load_tokenizer(str(directory)), run.name, options.dtype)
+    write_gguf(out, model, load_tokenizer(str(directory)), run.name, options.dtype, stop_ids(directory))
     return out
 
 

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,12 @@ PRE_TOKENIZERS = {
 }
 
 
-def write_gguf(path: Path, model: Decoder, tokenizer: PreTrainedTokenizerFast, name: str, dtype: str) -> None:
+def write_gguf(
+    path: Path, model: Decoder, tokenizer: PreTrainedTokenizerFast, name: str, dtype: str, stops: Sequence[int] = ()
+) -> None:
     """Publish `model` with its tokenizer under `path`, whole or not at all; `dtype` is one of DTYPES.
+
+    `stops`: the tokens that end an answer, as in the generation config of the model.
 
     Raises ValueError where llama.cpp would compute, or cut text, otherwise.
     """
@@ -72,7 +76,7 @@ def write_gguf(path: Path, model: Decoder, tokenizer: PreTrainedTokenizerFast, n
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _describe_shape(writer, config)
-        _describe_tokenizer(writer, tokenizer, config.vocab_size)
+        _describe_tokenizer(writer, tokenizer, config.vocab_size, stops)
         names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
         tensors = [(_name_in(names, name), tensor) for name, tensor in _tensors_of(model)]
         kinds = [_kind_of(name, tensor, kind) for name, tensor in tensors]
@@ -237,7 +241,9 @@ def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool | None:
     return whole != text if whole in (text, [tokenizer.bos_token_id, *text]) else None
 
 
-def _describe_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+def _describe_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int, stops: Sequence[int]
+) -> None:
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     texts = {id: text for text, id in parts["model"]["vocab"].items()}
     kinds = dict.fromkeys(texts, gguf.TokenType.NORMAL)
@@ -260,4 +266,8 @@ def _describe_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerF
         if not isinstance(template, str):
             template = [{"name": name, "template": text} for name, text in template.items()]
         writer.add_chat_template(template)
-        writer.add_eot_token_id(tokenizer.convert_tokens_to_ids(ChatRenderer(tokenizer).end_of_turn))
+        end_of_turn = tokenizer.convert_tokens_to_ids(ChatRenderer(tokenizer).end_of_turn)
+        writer.add_eot_token_id(end_of_turn)
+        # The format has one more place; of further ones llama.cpp knows those with usual names by itself.
+        for token in [token for token in stops if token not in (eos, end_of_turn)][:1]:
+            writer.add_eom_token_id(token)

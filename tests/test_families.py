@@ -88,7 +88,7 @@ def test_each_option_shows_in_the_logits(name):
 @pytest.mark.parametrize("name", ["llama3", "yarn", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe biased"])
 def test_older_readers_find_what_they_need(name):
     family, changes = SHAPES[name]
-    config = config_json(DecoderConfig(**changes), {"eos_token_id": 2}, torch.float32)
+    config = config_json(DecoderConfig(**changes), torch.float32)
     assert config["architectures"] == [family]
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     scaling = {key: value for key, value in config["rope_parameters"].items() if key != "rope_theta"}
