@@ -42,9 +42,10 @@ def export_model(
     """Publish `model` with its tokenizer as a Hugging Face directory, which is never seen half written.
 
     `state_dict` replaces the model's own weights (gathered from shards, or averaged). `tokenizer` is a directory, whose
-    files are copied as they are, or a loaded tokenizer. `card` is the text of README.md. `generation` is what generation_config.json says, by itself
-    the special tokens of the tokenizer and greedy decoding. Of a model with adapters the
-    base with what they add is published, and beside it, in adapter/, they alone; ValueError where its base has changed.
+    files are copied as they are, or a loaded tokenizer. `card` is the text of README.md. `generation` is what
+    generation_config.json says, by itself the special tokens of the tokenizer and greedy decoding. Of a model with
+    adapters the base with what they add is published, and beside it, in adapter/, they alone; ValueError where its base
+    has changed.
     """
     directory = Path(directory).absolute()
     state_dict = model.state_dict() if state_dict is None else state_dict
@@ -131,7 +132,8 @@ def _write_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerFast", target: 
         tokenizer.save_pretrained(target)
     config_file = target / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    # transformers 5 writes a class name that 4.57 does not have, a list where it wants an object, and how it was called.
+    # transformers 5 writes a class name that 4.57 does not have, a list where that wants an object, and how it was
+    # called itself.
     if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):

@@ -20,9 +20,10 @@ def generation_config(
 ) -> dict[str, Any]:
     """The generation_config.json of what was trained from the wanted model.
 
-    All that the base says is kept, its sampling too. `eos_token_id` is what the base stops at, and after that `end_ids`,
-    with which answers were trained to end; `end_texts` are where a chat template closes turns by text, and go to
-    `stop_strings`. An id of the base that is no added token of the tokenizer is an ordinary word there and left out.
+    All that the base says is kept, its sampling too. `eos_token_id` is what the base stops at, and after that
+    `end_ids`, with which answers were trained to end; `end_texts` are where a chat template closes turns by text, and
+    go to `stop_strings`. An id of the base that is no added token of the tokenizer is an ordinary word there and left
+    out.
     """
     said = _said_by(request.from_weight, request.trust_in(request.from_weight))
     special = tokenizer.added_tokens_decoder.keys()
