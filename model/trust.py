@@ -66,7 +66,8 @@ def refuse_unsafe_weights(source: str | Path, trust: Trust = NO_TRUST) -> None:
         )
     for file in files:
         with file.open("rb") as opened:
-            if opened.read(4).startswith(PICKLE_STARTS):
+            start = opened.read(9)  # of safetensors the length of a header, which begins with a brace
+            if start.startswith(PICKLE_STARTS) and not start.endswith(b"{"):
                 raise UnsafeModelError(f"{file} is a pickle under another name; only safetensors are loaded")
 
 

@@ -17,6 +17,7 @@ from model.export import export_model
 from model.generation_config import generation_config, stop_ids
 from model.loading import build_model
 from model.losses import sft_objective
+from scripts.chat import main as chat
 from scripts.checkpoints import main as checkpoints
 from scripts.templates_families import twins
 from tests.small_world import log_of, train
@@ -141,6 +142,7 @@ def learnt(directory: Path, tokenizer, messages: list, tools: list | None) -> tu
 
 
 CASES = {case.name: case for case in twins()}
+TEXT_PROMPT = "User: Hi\n\nAssistant: "
 ANSWERED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}]
 CALLED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
 FAST = [name for name in CASES if name in ("glm4moe", "gptoss", "llama3")]
@@ -162,6 +164,23 @@ def test_each_family_stops_after_an_answer_and_after_a_call(tmp_path, name):
 
 def test_the_small_lane_has_its_families():
     assert len(FAST) == 3
+
+
+TEXT = """\
+{%- for message in messages %}{{ message.role | capitalize + ': ' + message.content + '\n\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"""
+
+
+def test_a_turn_that_text_closes_ends_there_in_chat_and_in_transformers(tmp_path, capsys):
+    tokenizer = load_tokenizer(str(OWN_TOKENIZER))
+    tokenizer.chat_template = TEXT
+    longer = [*ANSWERED, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}]
+    learnt(tmp_path, tokenizer, longer, None)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["stop_strings"] == ["\n\n"]
+    assert chat([str(tmp_path), "--device", "cpu", "--prompt", "Hi", "--prompt", "Hi"]) == 0
+    assert capsys.readouterr().out.split("\n\n") == [ANSWER, f"\n{ANSWER}", "\n"]
+    new = stopped_at(tmp_path, tokenizer(TEXT_PROMPT, add_special_tokens=False)["input_ids"])
+    assert tokenizer.decode(new) == f"{ANSWER}\n\n"
 
 
 # --- what the file says

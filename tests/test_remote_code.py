@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model.choose import ModelRequest, choose_model, load_tokenizer
 from model.export import export_model
@@ -14,7 +15,7 @@ from scripts.chat import main as chat
 from scripts.ranks import run_ranks, train_rank
 from tests.small_world import TINY, log_of, records_of, write_rows
 from tests.test_export import TOKENIZER
-from tests.tiny_model import foreign, logits_of, pack, tokens
+from tests.tiny_model import foreign, logits_of, pack, tiny, tokens
 from training.config import Config, ConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -132,3 +133,15 @@ def test_a_run_trains_it_and_its_result_answers(own, tmp_path, capsys):
     talk = [str(run), "--prompt", "Say 1", "--max_new_tokens", "2"]
     assert chat(talk) == 77
     assert chat([*talk, "--trust_remote_code"]) == 0
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_reads_like_the_start_of_a_pickle_is_none(tmp_path, length):
+    export_model(tmp_path / "model", tiny(), TOKENIZER)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors, file, metadata={"note": ""})
+    now = int.from_bytes(file.read_bytes()[:8], "little")
+    save_file(tensors, file, metadata={"note": "x" * ((length - now) % 0x10000)})
+    assert file.read_bytes()[:2] == length.to_bytes(2, "little")
+    load_model(tmp_path / "model")
