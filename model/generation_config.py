@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.trust import NO_TRUST, Trust, read_object
+from model.trust import NO_TRUST, Trust, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,30 +44,12 @@ def stop_ids(directory: Path) -> list[int]:
 
 def _said_by(from_weight: str, trust: Trust) -> dict[str, Any]:
     """What a base says of generation; where it has no file for that, the tokens in its config.json."""
-    for name in (GENERATION_CONFIG, "config.json"):
-        if (file := _file_of(from_weight, name, trust)) is not None:
-            said = read_object(file)
-            if name == GENERATION_CONFIG:
-                said.pop("transformers_version", None)
-                return said
-            return {key: said[key] for key in SPECIAL if key in said}
-    return {"do_sample": False}
-
-
-def _file_of(from_weight: str, name: str, trust: Trust) -> Path | None:
-    """A file of a directory or of a Hub id; None where there is none."""
     if from_weight == "none":
-        return None
-    if Path(from_weight).is_dir():
-        file = Path(from_weight) / name
-        return file if file.is_file() else None
-    from transformers.utils import cached_file
-
-    found = cached_file(
-        from_weight, name, revision=trust.revision, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
-    return Path(found) if found else None
+        return {"do_sample": False}
+    if said := read_json(from_weight, GENERATION_CONFIG, trust):
+        return {name: value for name, value in said.items() if name != "transformers_version"}
+    config = read_json(from_weight, "config.json", trust)
+    return {name: config[name] for name in SPECIAL if name in config}
 
 
 def _ids(value: Any) -> list[int]:
