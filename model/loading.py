@@ -1,7 +1,6 @@
 """From a configuration or a directory of weights to a model that answers `model(batch, terms)`."""
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +17,12 @@ from model.foreign import HFCausalLM
 from model.isolation import check_isolation
 from model.lora import base_name
 from model.parts import Inside, PartOf, overlap, whole
-from model.trust import NO_TRUST, Trust, read_json, read_object, refuse_unsafe_weights
+from model.trust import NO_TRUST, Trust, read_object, refuse_unsafe_weights
 from model.vocabulary import grow, mean_row, vocabulary_tensors
 
 logger = logging.getLogger("train")
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-BITS = {"load_in_4bit": 4, "load_in_8bit": 8}  # as bitsandbytes says it
-# Tables that older versions of transformers saved; they follow from the configuration, and it leaves them out too.
-COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
 
 
 def build_skeleton(config: DecoderConfig) -> Decoder:
@@ -72,25 +68,10 @@ def refuse_missing(source: str | Path) -> None:
         raise ValueError(f"no model in {source}: there is no such directory")
 
 
-def refuse_quantised(source: str | Path, trust: Trust = NO_TRUST) -> None:
-    """Raises ValueError for weights that are codes of a few bits, which have no gradient."""
-    config = read_json(source, "config.json", trust)
-    for part in (config, *(config.get(name) for name in ("text_config", "llm_config"))):
-        said = part.get("quantization_config") if isinstance(part, dict) else None
-        if isinstance(said, dict) and said:
-            method = str(said.get("quant_method", "a method that is not named"))
-            bits = said.get("bits") or next((bits for name, bits in BITS.items() if said.get(name)), None)
-            width = f" in {bits} bits" if bits else ""
-            raise ValueError(
-                f"{source} has weights{width} ({method}), which cannot be trained: take the unquantised model"
-            )
-
-
 def is_builtin_directory(source: str | Path, trust: Trust = NO_TRUST) -> bool:
     """Whether the built-in decoder computes what lies there. Raises ValueError where nothing does."""
     refuse_missing(source)
     refuse_unsafe_weights(source, trust)
-    refuse_quantised(source, trust)
     return (Path(source) / "config.json").is_file() and is_builtin(read_config(source))
 
 
@@ -132,8 +113,6 @@ def fill_from_files(
                 if name in tied:
                     continue  # some writers save the tied head a second time
                 stored, values = missing.pop(name, None), opened.get_slice(name)
-                if stored is None and COMPUTED.search(name):
-                    continue
                 if stored is None:
                     wrong.append(f"{name} is not part of it")
                 elif problem := _problem(stored, values):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from model.decoder import Decoder, DecoderConfig
 from model.export import export_model
@@ -13,7 +13,7 @@ from model.families import config_json, decoder_config, is_builtin
 from model.foreign import HFCausalLM
 from model.loading import load_model, load_skeleton
 from model.parts import overlap, whole
-from tests.tiny_model import foreign, logits_of, pack, tiny, tokens
+from tests.tiny_model import logits_of, pack, tiny, tokens
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "model" / "tokenizer"
 DOCUMENTS = [tokens(12, 1), tokens(2, 2), tokens(30, 3), tokens(70, 4)]
@@ -224,43 +224,3 @@ def test_shapes_that_nobody_could_open_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             DecoderConfig(**changes)
-
-
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attn.masked_bias"])
-def test_tables_that_older_versions_saved_are_left_out(tmp_path, name):
-    foreign(tmp_path, "Llama")
-    before = load_model(tmp_path).state_dict()
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    save_file({**tensors, name: torch.ones(4)}, file, metadata={"format": "pt"})
-    assert all(torch.equal(tensor, before[key]) for key, tensor in load_model(tmp_path).state_dict().items())
-    save_file({**tensors, f"{name}_weight": torch.ones(4)}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{name}_weight is not part of it"):
-        load_model(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"in 4 bits \(bitsandbytes\)"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"in 8 bits \(bitsandbytes\)"),
-        ({"quant_method": "awq", "bits": 4}, r"in 4 bits \(awq\)"),
-        ({"quant_method": "fp8"}, r"weights \(fp8\)"),
-        ({"group_size": 32}, "a method that is not named"),
-    ],
-)
-@pytest.mark.parametrize("load", [load_model, load_skeleton])
-@pytest.mark.parametrize("nested", [False, True])
-def test_quantised_weights_are_named_and_refused(tmp_path, said, message, load, nested):
-    config = {"model_type": "llama", "quantization_config": said}
-    config = {"model_type": "gemma3", "text_config": config} if nested else config
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=message + ".*cannot be trained: take the unquantised model"):
-        load(tmp_path)
-
-
-def test_a_configuration_that_says_nothing_of_quantisation_is_plain(tmp_path):
-    foreign(tmp_path, "Llama")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
-    load_model(tmp_path)
