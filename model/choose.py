@@ -28,6 +28,7 @@ from model.loading import (
 )
 from model.lora import add_adapters, fill_adapters
 from model.parts import PartOf, weights_in
+from model.quantised import refuse_quantised
 from model.trust import NO_TRUST, Trust, UnsafeModelError, refuse_unsafe_tokenizer
 from model.vocabulary import grow
 
@@ -118,6 +119,8 @@ class ModelRequest:
 
     def __post_init__(self) -> None:
         self.from_weight = weights_source(self.from_weight)
+        if self.from_weight != NEW:
+            refuse_quantised(self.from_weight, self.trust_in(self.from_weight))
 
     def trust_in(self, source: str) -> Trust:
         """What was said of the weights is true of what lies beside them."""

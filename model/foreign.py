@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,8 @@ logger = logging.getLogger("train")
 ATTENTION_NAME = "documents"
 # Families whose router takes the first of a softmax, and says before it the logits; others balance in other ways.
 ROUTED_BY_SOFTMAX = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+# Buffers that older files hold and models compute: frequencies of positions, masks of what is causal.
+COMPUTED = re.compile(r"rotary\w*\.(original_)?inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 APART_CALLS = 2  # in which a model computes documents apart, for the short ones not to be padded like the long ones
 
 
@@ -125,6 +128,12 @@ class HFCausalLM(LanguageModel):
             )
         if info["missing_keys"]:  # transformers fills them with random numbers and a warning
             raise ValueError(f"the weights in {source} lack {', '.join(sorted(info['missing_keys'])[:5])}")
+        if unknown := sorted(name for name in info["unexpected_keys"] if not COMPUTED.search(name)):
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""  # which nobody would save again
+            raise ValueError(
+                f"the weights in {source} do not fit its config.json: {type(inner).__name__} has no "
+                f"{', '.join(unknown[:5])}{more}"
+            )
         return cls(inner)
 
     @classmethod

@@ -13,17 +13,15 @@ from torch import Tensor, nn
 
 from model.decoder import Decoder, DecoderConfig
 from model.families import decoder_config, in_files, is_builtin
-from model.foreign import HFCausalLM
+from model.foreign import COMPUTED, HFCausalLM
 from model.isolation import check_isolation
 from model.lora import base_name
 from model.parts import Inside, PartOf, overlap, whole
+from model.quantised import TRAINABLE, refuse_quantised
 from model.trust import NO_TRUST, Trust, read_object, refuse_unsafe_weights
 from model.vocabulary import grow, mean_row, vocabulary_tensors
 
 logger = logging.getLogger("train")
-
-FLOATS = ("F64", "F32", "F16", "BF16")
-
 
 def build_skeleton(config: DecoderConfig) -> Decoder:
     """A decoder on the meta device, without memory for its weights."""
@@ -72,6 +70,7 @@ def is_builtin_directory(source: str | Path, trust: Trust = NO_TRUST) -> bool:
     """Whether the built-in decoder computes what lies there. Raises ValueError where nothing does."""
     refuse_missing(source)
     refuse_unsafe_weights(source, trust)
+    refuse_quantised(source, trust)
     return (Path(source) / "config.json").is_file() and is_builtin(read_config(source))
 
 
@@ -110,7 +109,7 @@ def fill_from_files(
     for file in weight_files(source, trust):
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
-                if name in tied:
+                if name in tied or name not in missing and COMPUTED.search(name):
                     continue  # some writers save the tied head a second time
                 stored, values = missing.pop(name, None), opened.get_slice(name)
                 if stored is None:
@@ -154,8 +153,8 @@ def _problem(stored: Stored, values: Any) -> str | None:
     shape, dtype = tuple(values.get_shape()), values.get_dtype()
     if shape != stored.shape:
         return f"is {shape} and should be {stored.shape}"
-    if stored.tensor.is_floating_point() and dtype not in FLOATS:
-        return f"holds {dtype}, not one of {', '.join(FLOATS)}"
+    if stored.tensor.is_floating_point() and dtype not in TRAINABLE:
+        return f"holds {dtype}, not one of {', '.join(TRAINABLE)}"
     return None
 
 
