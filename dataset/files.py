@@ -9,26 +9,16 @@ import codecs
 import contextlib
 import gzip
 import json
-import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
+
+from dataset.strict_json import RowError, parse_object
 
 MAX_LINE_BYTES = 64 * 1024 * 1024  # what has no line end for so long is a file of another kind
 GZIP, PARQUET, ARROW_FILE, ARROW_STREAM = b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 OF_THE_FILE = ("NO_FILE", "EMPTY_FILE", "BROKEN_FILE", "FILE_CHANGED")  # what they hide nobody can count: never skipped
-
-
-class RowError(ValueError):
-    """One row cannot be trained; `code` is the stable word that reports and tests go by."""
-
-    def __init__(self, code: str, message: str):
-        super().__init__(message)
-        self.code = code
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RowError, (self.code, str(self))
 
 
 RawRow = bytes | dict[str, Any] | RowError  # bytes are a line of JSON that nobody has looked at yet
@@ -116,7 +106,7 @@ def _array_rows(file: BinaryIO) -> Iterator[tuple[int, RawRow]]:
             yield line, RowError("BROKEN_FILE", f"what follows is no JSON value, and nothing after it is read: {error}")
             return
         try:
-            yield line, _object(text[at:end])
+            yield line, parse_object(text[at:end])
         except RowError as error:
             yield line, error
         at = _after_space(text, end)
@@ -187,56 +177,4 @@ def _parse_line(raw: bytes) -> dict[str, Any]:
         raise RowError("UTF8", "begins with a byte order mark: save the file as UTF-8 without one")
     if not text.strip():
         raise RowError("BLANK_LINE", "the line is blank")
-    return _object(text)
-
-
-def _object(text: str) -> dict[str, Any]:
-    row = parse_json(text)
-    if not isinstance(row, dict):
-        raise RowError("NOT_OBJECT", f"each line must hold one JSON object, this one holds {kind_of(row)}")
-    if "\\u" in text:
-        try:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError("UTF8", "an escape spells half of a surrogate pair, which is no character") from error
-    return row
-
-
-def parse_json(text: str) -> Any:
-    """Strict JSON: no key twice, no NaN; raises RowError."""
-    try:
-        return _DECODER.decode(text)
-    except RowError:
-        raise
-    except json.JSONDecodeError as error:
-        raise RowError("JSON_SYNTAX", f"{error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise RowError("JSON_SYNTAX", "nested too deeply") from error
-    except ValueError as error:  # Python's own limit on the digits of an integer
-        raise RowError("JSON_SYNTAX", "an integer has too many digits") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RowError("DUPLICATE_KEY", f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
-    return row
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else _refuse_constant(text)
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise RowError("NON_FINITE", f"{text[:40]} is no finite number")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_refuse_constant)
-
-
-def kind_of(value: Any) -> str:
-    """The JSON type of a value, for a message."""
-    names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object", bytes: "bytes"}
-    return names.get(type(value), "a number")
+    return parse_object(text)
