@@ -44,11 +44,8 @@ def cell_rows(
 def _row_of(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
     if len(cells) != len(header):
         few = "few" if len(cells) < len(header) else "many"
-        return RowError(
-            "CELLS",
-            f"too {few} cells: {len(cells)}, where the header names {len(header)}; text with separators, quotes or line "
-            "ends stands between quotes",
-        )
+        advice = "text with separators, quotes or line ends stands between quotes"
+        return RowError("CELLS", f"too {few} cells: {len(cells)}, where the header names {len(header)}; {advice}")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
     for key in IN_JSON:
         if row.get(key, "").strip():

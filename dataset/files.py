@@ -46,15 +46,15 @@ def parse_row(raw: RawRow) -> dict[str, Any] | RowError:
 
 def read_raw_rows(path: Path, say: Callable[[str], None] = lambda note: None) -> Iterator[tuple[int, RawRow]]:
     """As read_rows, but JSON comes as it is: other processes can parse it. `say` hears what was read leniently."""
-    last = 0
+    last = -1
     try:
         with path.open("rb") as file:
             for last, row in _rows_of(path, file, say):
                 yield last, row
-        if last == 0:
+        if last < 0:
             yield 0, RowError("EMPTY_FILE", "the file is empty")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        yield last + 1, RowError("BROKEN_FILE", f"the gzip data end or break here: {error}")
+        yield max(last, 0) + 1, RowError("BROKEN_FILE", f"the gzip data end or break here: {error}")
     except UnicodeDecodeError as error:
         yield 0, RowError("BROKEN_FILE", f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}")
     except OSError as error:
@@ -237,7 +237,6 @@ def _parse_line(raw: bytes) -> dict[str, Any]:
     if text.startswith("\ufeff"):
         raise RowError("UTF8", "begins with a byte order mark, as where files were joined: take it out")
     if not text.strip():
-        raise RowError(
-            "BLANK_LINE", "is blank, and rows follow: take such lines out (grep -v '^[[:space:]]*$' FILE > NEW)"
-        )
+        advice = "take such lines out (grep -v '^[[:space:]]*$' FILE > NEW)"
+        raise RowError("BLANK_LINE", f"the line is blank, and rows follow: {advice}")
     return parse_object(text)
