@@ -1,34 +1,27 @@
-"""Rows out of data files, whatever holds them: JSON lines (also gzipped), a JSON array, Parquet, Arrow.
+"""Rows out of data files, whatever holds them: JSON lines, a JSON array, JSON objects over several lines, CSV and TSV
+(all of them also gzipped), Parquet, Arrow.
 
-What a file is, its first bytes say; only a JSON array needs the name `.json`. A row that cannot be read becomes a
-`RowError` with a stable code instead of an exception, so that one pass over a file reports all of them. JSON is read
-strictly, because a lenient parser trains what nobody wrote.
+What a file is, its first bytes say; CSV and TSV need their names, and an array in one line the name `.json`. A row that
+cannot be read becomes a `RowError` with a stable code instead of an exception, so that one pass over a file reports all
+of them. Arrays and objects over several lines are held in memory whole, all else is read as it comes.
 """
 
 import codecs
 import contextlib
 import gzip
 import json
-import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
+
+from dataset.delimited import cell_rows
+from dataset.strict_json import RowError, parse_object
 
 MAX_LINE_BYTES = 64 * 1024 * 1024  # what has no line end for so long is a file of another kind
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 GZIP, PARQUET, ARROW_FILE, ARROW_STREAM = b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 OF_THE_FILE = ("NO_FILE", "EMPTY_FILE", "BROKEN_FILE", "FILE_CHANGED")  # what they hide nobody can count: never skipped
-
-
-class RowError(ValueError):
-    """One row cannot be trained; `code` is the stable word that reports and tests go by."""
-
-    def __init__(self, code: str, message: str):
-        super().__init__(message)
-        self.code = code
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RowError, (self.code, str(self))
 
 
 RawRow = bytes | dict[str, Any] | RowError  # bytes are a line of JSON that nobody has looked at yet
@@ -51,41 +44,68 @@ def parse_row(raw: RawRow) -> dict[str, Any] | RowError:
         return error
 
 
-def read_raw_rows(path: Path) -> Iterator[tuple[int, RawRow]]:
-    """As read_rows, but lines of JSON come as they are: other processes can parse them."""
-    last = 0
+def read_raw_rows(path: Path, say: Callable[[str], None] = lambda note: None) -> Iterator[tuple[int, RawRow]]:
+    """As read_rows, but JSON comes as it is: other processes can parse it. `say` hears what was read leniently."""
+    last = -1
     try:
         with path.open("rb") as file:
-            start = file.read(6)
-            file.seek(0)
-            for last, row in _rows_of(path, file, start):
+            for last, row in _rows_of(path, file, say):
                 yield last, row
-        if last == 0:
+        if last < 0:
             yield 0, RowError("EMPTY_FILE", "the file is empty")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        yield last + 1, RowError("BROKEN_FILE", f"the gzip data end or break here: {error}")
+        yield max(last, 0) + 1, RowError("BROKEN_FILE", f"the gzip data end or break here: {error}")
+    except UnicodeDecodeError as error:
+        yield 0, RowError("BROKEN_FILE", f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}")
     except OSError as error:
         yield 0, RowError("NO_FILE", f"cannot be read: {error.strerror or error}")
 
 
-def _rows_of(path: Path, file: BinaryIO, start: bytes) -> Iterator[tuple[int, RawRow]]:
+def _rows_of(path: Path, file: BinaryIO, say: Callable[[str], None]) -> Iterator[tuple[int, RawRow]]:
+    start = file.read(6)
     if start.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
         yield from _table_rows(path, start)
         return
-    if start.startswith(GZIP) or path.suffix == ".gz":
-        file = gzip.GzipFile(fileobj=file)  # type: ignore[assignment]
-    if path.name.endswith((".json", ".json.gz")) and _begins_array(file):
-        yield from _array_rows(file)
-    else:
-        yield from _json_lines(file)
-
-
-def _begins_array(file: BinaryIO) -> bool:
-    begin = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
-    while not begin and (more := file.read(1 << 16)):
-        begin = more.lstrip()
     file.seek(0)
-    return begin.startswith(b"[")
+    name = path.name
+    if start.startswith(GZIP) or name.endswith(".gz"):
+        file = gzip.GzipFile(fileobj=file)  # type: ignore[assignment]
+        name = name.removesuffix(".gz")
+        start = file.read(6)
+    if start.startswith(UTF_16) or (len(start) > 1 and (start[0] == 0) != (start[1] == 0)):
+        yield 0, RowError("BROKEN_FILE", f"is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path.name} > NEW)")
+        return
+    begin = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+    if begin:
+        say("begins with a byte order mark, which is passed over")
+    form = _form_of(name, file, begin)
+    file.seek(begin)
+    if form == "objects":
+        say("its objects stand over several lines each")
+        yield from _object_rows(file.read().decode("utf-8"))
+    elif form == "array":
+        yield from _array_rows(file.read().decode("utf-8"))
+    else:
+        cells = form == "cells"
+        rows = cell_rows(file, "\t" if name.endswith(".tsv") else ",", say) if cells else _json_lines(file)
+        yield from _without_blank_end(rows, say)
+
+
+def _form_of(name: str, file: BinaryIO, begin: int) -> str:
+    """cells, array, objects (over several lines each) or lines: what the name and the first bytes speak for."""
+    if name.endswith((".csv", ".tsv")):
+        return "cells"
+    file.seek(begin)
+    head = b""
+    while not head and (more := file.read(1 << 16)):
+        head = more.lstrip()
+    if head.startswith(b"[") and name.endswith(".json"):
+        return "array"
+    first, _, rest = (part.strip() for part in head.partition(b"\n"))
+    goes_on = first.endswith((b"[", b":")) or rest.startswith((b'"', b"}", b"]", b","))
+    if not rest or not goes_on or not first.startswith((b"{", b"[")) or isinstance(parse_row(first), dict):
+        return "lines"
+    return "array" if first.startswith(b"[") else "objects"
 
 
 def _json_lines(file: BinaryIO) -> Iterator[tuple[int, RawRow]]:
@@ -100,25 +120,48 @@ def _json_lines(file: BinaryIO) -> Iterator[tuple[int, RawRow]]:
             yield line, raw
 
 
-def _array_rows(file: BinaryIO) -> Iterator[tuple[int, RawRow]]:
-    """The objects of one JSON array, each under the line that it starts in; the whole text is held in memory."""
-    try:
-        text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        yield 0, RowError("BROKEN_FILE", f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}")
-        return
+def _without_blank_end(
+    rows: Iterator[tuple[int, RawRow]], say: Callable[[str], None]
+) -> Iterator[tuple[int, RawRow]]:  # fmt: skip
+    """The rows, without the blank lines after the last of them."""
+    blank: list[tuple[int, RawRow]] = []
+    for line, row in rows:
+        if isinstance(row, bytes) and not row.strip():
+            blank.append((line, b""))
+            continue
+        yield from blank
+        blank.clear()
+        yield line, row
+    if blank:
+        count = "1 blank line at its end is" if len(blank) == 1 else f"{len(blank)} blank lines at its end are"
+        say(f"{count} passed over")
+
+
+def _object_rows(text: str) -> Iterator[tuple[int, RawRow]]:
+    """The objects of a text that holds one after the other, each under the line that it starts in."""
+    at, line, counted = _after_space(text, 0), 1, 0
+    while at < len(text):
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            end = _end_of_value(text, at)
+        except RowError as error:
+            yield line, error
+            return
+        yield line, text[at:end].encode()
+        at = _after_space(text, end)
+
+
+def _array_rows(text: str) -> Iterator[tuple[int, RawRow]]:
+    """The objects of one JSON array, each under the line that it starts in."""
     at, line, counted = _after_space(text, text.index("[") + 1), 1, 0
     while text[at : at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
         try:
-            _, end = json.JSONDecoder().raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            yield line, RowError("BROKEN_FILE", f"what follows is no JSON value, and nothing after it is read: {error}")
-            return
-        try:
-            yield line, _object(text[at:end])
+            end = _end_of_value(text, at)
         except RowError as error:
             yield line, error
+            return
+        yield line, text[at:end].encode()
         at = _after_space(text, end)
         if text[at : at + 1] == ",":
             at = _after_space(text, at + 1)
@@ -130,6 +173,14 @@ def _array_rows(file: BinaryIO) -> Iterator[tuple[int, RawRow]]:
             return
     if text[at + 1 :].strip():
         yield line, RowError("BROKEN_FILE", "there is more text after the end of the array")
+
+
+def _end_of_value(text: str, at: int) -> int:
+    try:
+        return json.JSONDecoder().raw_decode(text, at)[1]
+    except (ValueError, RecursionError) as error:
+        message = f"what follows is no JSON value, and nothing after it is read: {error}"
+        raise RowError("BROKEN_FILE", message) from error
 
 
 def _after_space(text: str, at: int) -> int:
@@ -184,59 +235,8 @@ def _parse_line(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RowError("UTF8", f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}") from error
     if text.startswith("\ufeff"):
-        raise RowError("UTF8", "begins with a byte order mark: save the file as UTF-8 without one")
+        raise RowError("UTF8", "begins with a byte order mark, as where files were joined: take it out")
     if not text.strip():
-        raise RowError("BLANK_LINE", "the line is blank")
-    return _object(text)
-
-
-def _object(text: str) -> dict[str, Any]:
-    row = parse_json(text)
-    if not isinstance(row, dict):
-        raise RowError("NOT_OBJECT", f"each line must hold one JSON object, this one holds {kind_of(row)}")
-    if "\\u" in text:
-        try:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError("UTF8", "an escape spells half of a surrogate pair, which is no character") from error
-    return row
-
-
-def parse_json(text: str) -> Any:
-    """Strict JSON: no key twice, no NaN; raises RowError."""
-    try:
-        return _DECODER.decode(text)
-    except RowError:
-        raise
-    except json.JSONDecodeError as error:
-        raise RowError("JSON_SYNTAX", f"{error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise RowError("JSON_SYNTAX", "nested too deeply") from error
-    except ValueError as error:  # Python's own limit on the digits of an integer
-        raise RowError("JSON_SYNTAX", "an integer has too many digits") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RowError("DUPLICATE_KEY", f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
-    return row
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else _refuse_constant(text)
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise RowError("NON_FINITE", f"{text[:40]} is no finite number")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_float=_finite, parse_constant=_refuse_constant)
-
-
-def kind_of(value: Any) -> str:
-    """The JSON type of a value, for a message."""
-    names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object", bytes: "bytes"}
-    return names.get(type(value), "a number")
+        advice = "take such lines out (grep -v '^[[:space:]]*$' FILE > NEW)"
+        raise RowError("BLANK_LINE", f"the line is blank, and rows follow: {advice}")
+    return parse_object(text)

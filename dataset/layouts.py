@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dataset.files import RowError, kind_of, parse_json
+from dataset.strict_json import RowError, kind_of, parse_json
 
 Row = dict[str, Any]
 Turns = list[Any]  # messages as found, not yet checked

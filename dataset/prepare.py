@@ -24,10 +24,11 @@ from dataset import store
 from dataset.augment import SystemPrompts
 from dataset.chat import TRAIN_ON, ChatRenderer
 from dataset.control_tokens import Sample
-from dataset.files import OF_THE_FILE, RowError, read_raw_rows
+from dataset.files import OF_THE_FILE, read_raw_rows
 from dataset.layouts import LAYOUTS, Fields
 from dataset.ledger import Ledger, spoken
 from dataset.reader import BAD_ROWS, OVERLONG, SYSTEM_AS, VANISHED, DataError, Defect, detect_layout
+from dataset.strict_json import RowError
 from dataset.tokenise import Outcomes, Tokeniser, available_cores, in_blocks, map_in_order
 from dataset.tokenizer import hash_tokenizer, template_day, vocabulary_size
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.files import RowError, kind_of, read_rows
+from dataset.files import read_rows
 from dataset.layouts import LAYOUTS, PAIR, PAIR_ADVICE, Fields, is_blank, nested_json, refuse_media, text
 from dataset.messages import Message, as_json, objects, parse_message
+from dataset.strict_json import RowError, kind_of
 
 OVERLONG = ("error", "drop", "truncate")  # what may become of a sample that is longer than a row
 BAD_ROWS = ("error", "skip")  # and of a row that cannot be trained

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 from dataset.augment import SystemPrompts, system_as_user
 from dataset.chat import ChatRenderer
 from dataset.control_tokens import Sample
-from dataset.files import RawRow, RowError, parse_row
+from dataset.files import RawRow, parse_row
 from dataset.layouts import Fields
 from dataset.reader import Conversation, parse_conversation
+from dataset.strict_json import RowError
 
 BLOCK_ROWS = 128
 BLOCKS_AHEAD = 4  # per process

@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 
-from dataset.files import RowError, read_rows
+from dataset.files import read_rows
+from dataset.strict_json import RowError
 
 ROWS = [{"a": 1, "b": ["x", {"c": "ü"}]}, {"a": 2}, {"a": 3, "b": []}]
 

@@ -36,12 +36,8 @@ ANSWER = b'{"role": "assistant", "content": "hi"}'
 BAD_ROWS = [
     ("UTF8", GOOD.replace(b"hello", b"h\xffllo")),
     ("UTF8", GOOD.replace(b"hello", b"\xc3")),
-    ("UTF8", GOOD.decode().encode("utf-16")),
     ("UTF8", GOOD.replace(b"hello", b"\\ud83d")),
     ("UTF8", GOOD.replace(b"hello", b"\\uDE00\\uD83D")),
-    ("BLANK_LINE", b""),
-    ("BLANK_LINE", b" \t\r"),
-    ("UTF8", b"\xef\xbb\xbf" + GOOD),
     ("JSON_SYNTAX", GOOD[:-1]),
     ("JSON_SYNTAX", GOOD + b" " + GOOD),
     ("JSON_SYNTAX", GOOD.replace(b'"', b"'")),
@@ -161,6 +157,16 @@ def test_a_bad_row_is_refused_by_code_and_line_and_alone(tmp_path, code, row, na
     kept = [item for item in found if isinstance(item, Conversation)]
     assert [item.messages for item in kept] == [[user(), assistant()]] * 2
     assert f"{path}:{place + 1}: {code} " in str(next(item for item in found if isinstance(item, Defect)))
+
+
+def test_what_is_harmless_at_the_ends_of_a_file_is_refused_in_its_middle(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for code, row in (
+        ("UTF8", GOOD.decode().encode("utf-16")), ("UTF8", b"\xef\xbb\xbf" + GOOD), ("BLANK_LINE", b""),
+        ("BLANK_LINE", b" \t\r"),
+    ):  # fmt: skip
+        path.write_bytes(GOOD + b"\n" + row + b"\n" + GOOD + b"\n")
+        assert [getattr(item, "code", "") for item in read(path)] == ["", code, ""]
 
 
 def test_a_bad_last_row_needs_no_line_end(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dataset.chat import Sample
-from dataset.files import RowError
+from dataset.strict_json import RowError
 from scripts.templates_families import byte_tokenizer
 from scripts.templates_minimind import END, difference
 from scripts.templates_shapes import WEATHER, answer, call, calls, result, user
