@@ -1,6 +1,7 @@
 """What to say, once for a file, of rows that no layout fits: which fields there are, and the way out."""
 
 import shlex
+from pathlib import Path
 
 from dataset.layouts import OF_A_TREE, PAIR, PAIR_ADVICE, Row
 from dataset.strict_json import RowError
@@ -9,10 +10,10 @@ QUESTIONS = ("instruction", "question", "query", "problem", "prompt", "input", "
 ANSWERS = ("response", "output", "solution", "answer", "answers", "completion", "target", "targets", "reply")
 SYSTEMS = ("system_prompt", "system")
 TREE = 'join each path from its root to a leaf into a row of its own, {"messages": […]}'
-UNWRAP = """python -c "import json; json.dump(json.load(open('{file}'))['{key}'], open('rows_of_{file}', 'w'))\""""
+UNWRAP = """python -c "import json; json.dump(json.load(open('{path}'))['{key}'], open('rows_of_{path.name}', 'w'))\""""
 
 
-def no_layout(rows: list[Row], file_name: str) -> RowError:
+def no_layout(rows: list[Row], path: Path) -> RowError:
     """The error of a file whose first rows are these, none of which any layout fits."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     if set(names) >= PAIR:
@@ -21,10 +22,10 @@ def no_layout(rows: list[Row], file_name: str) -> RowError:
         advice = 'but only one answer can be trained: write the chosen dialogue as {"messages": […]}'
         return RowError("UNWANTED", f"the rows are preference pairs ('chosen' and 'rejected'), {advice}")
     found = ", ".join(repr(name[:40]) for name in names[:12]) or "no key at all"
-    return RowError("NO_LAYOUT", f"no layout fits; the rows have {found}: {_way_out(rows, names, file_name)}")
+    return RowError("NO_LAYOUT", f"no layout fits; the rows have {found}: {_way_out(rows, names, path)}")
 
 
-def _way_out(rows: list[Row], names: list[str], file_name: str) -> str:
+def _way_out(rows: list[Row], names: list[str], path: Path) -> str:
     if {"text", "role"} <= set(names) and OF_A_TREE & set(names):
         return f"each is one message of a tree; {TREE}"
     if {"message_tree_id", "prompt"} <= set(names):
@@ -37,7 +38,7 @@ def _way_out(rows: list[Row], names: list[str], file_name: str) -> str:
                 known = "messages" if "role" in value[0] else "conversations"
                 return f"{name!r} holds messages; rename it to {known!r}"
             if len(rows) == 1:
-                return f"{name!r} holds the rows; unwrap them by {UNWRAP.format(file=file_name, key=name)}"
+                return f"{name!r} holds the rows; unwrap them by {UNWRAP.format(path=path, key=name)}"
     texts = {name.lower(): name for name in names if any(isinstance(row.get(name), str) for row in rows)}
     question, answer, system = (
         next((texts[name] for name in known if name in texts), None) for known in (QUESTIONS, ANSWERS, SYSTEMS)

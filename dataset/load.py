@@ -127,7 +127,7 @@ def load_rows(
             echo(f"{dropped} samples are longer than --max_tokens {stage.max_tokens or stage.options.max_seq_len}")
     both = _also_trained(store, trained, val_store, held_out)
     if len(both) and owner:
-        count = f"{len(both)} of {len(held_out)} held-out samples are also trained"
+        count = f"{len(both)} of {len(held_out)} held-out samples {'is' if len(both) == 1 else 'are'} also trained"
         echo(f"warning: {count}, the first is {val_store.where(int(both[0]))}")
     selection = hashlib.sha256(f"{draw.fingerprint} {train.plan.fingerprint}".encode()).hexdigest()
     report = {"train": report_of(train), "held_out": report_of(val) if val else None}

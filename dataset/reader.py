@@ -99,7 +99,7 @@ def detect_layout(path: Path, fields: Fields, named: str = "auto") -> str:
             seen.append(row)
             votes.update(itertools.islice((name for name, layout in LAYOUTS.items() if layout.fits(row)), 1))
     if seen and not votes:
-        error = no_layout(seen, path.name)
+        error = no_layout(seen, path)
         raise DataError([Defect(str(path), first, error.code, str(error))])
     return votes.most_common(1)[0][0] if votes else "messages"  # no row could be read
 

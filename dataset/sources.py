@@ -101,7 +101,9 @@ def _without_others(found: list[Path], place: str | Path, say: Callable[[str], N
     others = [
         path
         for path in found
-        if path.name in ABOUT_DATA or (depth and any(part.startswith(".") for part in path.parts[depth:]))
+        if path.name in ABOUT_DATA
+        or path.suffix == ".lock"
+        or (depth and any(part.startswith(".") for part in path.parts[depth:]))
     ]
     if others:
         names = ", ".join(str(Path(*path.parts[depth:])) for path in others[:5])
