@@ -183,7 +183,10 @@ def _also_trained(
     """The held-out samples whose tokens some trained sample has too."""
     if not len(held_out):
         return held_out
-    return held_out[np.isin(val_store.digests[held_out], store.digests[np.concatenate(trained)])]
+    digests, sought = store.digests[np.concatenate(trained)], val_store.digests[held_out]
+    ascending = np.sort(sought)  # the few are sorted and the many looked up: np.isin would sort both
+    nearest = ascending[np.searchsorted(ascending, digests).clip(max=len(ascending) - 1)]
+    return held_out[np.isin(sought, digests[nearest == digests])]
 
 
 def _packed(store: JoinedStore, samples: np.ndarray, max_seq_len: int, packing: bool) -> PackedRows:
