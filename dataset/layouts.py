@@ -3,6 +3,7 @@
 A layout only moves text to its place; whether the result is a conversation that can be trained, the reader checks.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ PAIR_ADVICE = (
     "the row is a preference pair ('chosen' and 'rejected'), but only one answer can be trained: keep the chosen one "
     "(of texts, by --prompt_field prompt --response_field chosen)"
 )
+OF_A_TREE = frozenset({"parent_id", "message_tree_id"})  # keys of messages that OASST keeps one by one
 MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 SHAREGPT_ROLES = {
     "system": "system",
@@ -34,7 +36,10 @@ SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of the columns of a prompt and response file; all None for a file of another layout."""
+    """Names of the columns of a prompt and response file; all None for a file of another layout.
+
+    Several columns, separated by commas, make one prompt.
+    """
 
     prompt: str | None = None
     response: str | None = None
@@ -46,10 +51,16 @@ class Fields:
                 f"prompt_field={self.prompt!r}, response_field={self.response!r}, system_field={self.system!r}: "
                 "prompt and response go together, and a system field goes with them"
             )
+        if self.prompt is not None and not all(self.prompts):
+            raise ValueError(f"prompt_field={self.prompt!r} has an empty name in it")
+
+    @property
+    def prompts(self) -> list[str]:
+        return [name.strip() for name in (self.prompt or "").split(",")]
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(name for name in (self.prompt, self.response, self.system) if name is not None)
+        return frozenset(name for name in (*self.prompts, self.response, self.system) if name)
 
 
 @dataclass(frozen=True)
@@ -117,11 +128,14 @@ def _sharegpt(row: Row, _: Fields) -> tuple[Turns, Any]:
     return _with_beside(row, turns)
 
 
+def _question(row: Row, names: list[str]) -> str:
+    """The texts under these keys, one after the other on lines of their own, without those that say nothing."""
+    said = [text(row, name, "the row") for name in names if row.get(name) not in (None, "")]
+    return "\n".join(said) if said else text(row, names[0], "the row")
+
+
 def _alpaca(row: Row, _: Fields) -> tuple[Turns, Any]:
-    question = text(row, "instruction", "the row")
-    if row.get("input") not in (None, ""):
-        question += "\n" + text(row, "input", "the row")
-    turns: Turns = []
+    question, turns = _question(row, ["instruction", "input"]), []
     history = row.get("history") or []
     if not isinstance(history, list):
         raise RowError("BAD_TYPE", f"'history' of the row must be a list of pairs, found {kind_of(history)}")
@@ -130,6 +144,25 @@ def _alpaca(row: Row, _: Fields) -> tuple[Turns, Any]:
             raise RowError("BAD_TYPE", f"history[{index}] must be a list of a question and an answer")
         turns += _pair(*pair)
     return _with_beside(row, turns + _pair(question, text(row, "output", "the row")))
+
+
+def _dolly(row: Row, _: Fields) -> tuple[Turns, Any]:
+    question = _question(row, ["instruction", "input", "context"])
+    return _with_beside(row, _pair(question, text(row, "response", "the row")))
+
+
+def _xlam(row: Row, _: Fields) -> tuple[Turns, Any]:
+    """A question and the calls that answer it; no text does."""
+    asked, calls = text(row, "query", "the row"), required(row, "answers", "the row")
+    return _with_beside(
+        row, [{"role": "user", "content": asked}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    )
+
+
+def _ultrachat(row: Row, _: Fields) -> tuple[Turns, Any]:
+    """Texts of which the user has the first, the assistant the second, and so on."""
+    roles = itertools.cycle(("user", "assistant"))
+    return _with_beside(row, [{"role": next(roles), "content": said} for said in _turns(row, "data")])
 
 
 def _prompt(row: Row, _: Fields) -> tuple[Turns, Any]:
@@ -150,7 +183,7 @@ def _untrained(turn: Any) -> Any:
 def _fields(row: Row, fields: Fields) -> tuple[Turns, Any]:
     assert fields.prompt is not None and fields.response is not None
     opening = _system_message(text(row, fields.system, "the row")) if fields.system else []
-    return opening + _pair(text(row, fields.prompt, "the row"), text(row, fields.response, "the row")), None
+    return opening + _pair(_question(row, fields.prompts), text(row, fields.response, "the row")), None
 
 
 LAYOUTS = {
@@ -170,7 +203,7 @@ LAYOUTS = {
     "alpaca": Layout(
         "Alpaca (instruction, input, output)",
         BESIDE | {"instruction", "input", "output", "history"},
-        lambda row: {"instruction", "output"} <= row.keys(),
+        lambda row: "output" in row and ("instruction" in row or _asks_by_input(row)),
         _alpaca,
     ),
     "prompt": Layout(
@@ -180,12 +213,44 @@ LAYOUTS = {
         _prompt,
     ),
     "text": Layout(
-        "plain text, trained whole", frozenset({"text"}), lambda row: "text" in row, lambda row, _: ([], None)
+        "plain text, trained whole", frozenset({"text"}), lambda row: _is_text(row), lambda row, _: ([], None)
+    ),
+    "dolly": Layout(
+        "Dolly (instruction, context, response)",
+        BESIDE | {"instruction", "input", "context", "response"},
+        lambda row: {"instruction", "response"} <= row.keys(),
+        _dolly,
+    ),
+    "xlam": Layout(
+        "xLAM (query, tools, answers)",
+        BESIDE | {"query", "answers"},
+        lambda row: {"query", "tools", "answers"} <= row.keys(),
+        _xlam,
+    ),
+    "ultrachat": Layout(
+        "UltraChat (texts of user and assistant in turn)",
+        BESIDE | {"data"},
+        lambda row: (
+            isinstance(row.get("data"), list)
+            and row["data"] != []
+            and all(isinstance(said, str) for said in row["data"])
+        ),
+        _ultrachat,
     ),
     "fields": Layout(
         "named prompt and response fields", frozenset({"chat_template_kwargs"}), lambda row: False, _fields
     ),
 }
+
+
+def _asks_by_input(row: Row) -> bool:
+    """Whether a row without instruction asks by its input; one with a text beside it has always been a text."""
+    return isinstance(row.get("input"), str) and "text" not in row
+
+
+def _is_text(row: Row) -> bool:
+    """Whether the text of a row stands for itself; one of many messages of a tree (OASST) does not."""
+    return "text" in row and not ("role" in row and OF_A_TREE & row.keys())
 
 
 def _speaks_sharegpt(row: Row) -> bool:

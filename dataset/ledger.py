@@ -109,6 +109,7 @@ def spoken(report: dict[str, Any]) -> Iterator[str]:
 
 def note_lines(report: dict[str, Any]) -> Iterator[str]:
     """What was read of a file otherwise than it was written, or not read: what most rows have comes first."""
+    yield from report["file_notes"]
     for each in report["notes"][:SPOKEN_NOTES]:
         yield f"{each['note']}: {each['rows']} row{'s' * (each['rows'] > 1)}, the first is line {each['line']}"
     if len(report["notes"]) > SPOKEN_NOTES:

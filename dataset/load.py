@@ -72,7 +72,7 @@ def load_rows(
     Raises DataError with the defects of all files, after they are written to `rejects_file`, one JSON object per line.
     """
     stages = stages or [(request, 1)]
-    parts, val_sources = _find_files(request, [each for each, _ in stages])
+    parts, val_sources = _find_files(request, [each for each, _ in stages], echo if owner else _silent)
     sources = list({source.path: source for part in parts for source in part}.values())
     longest = max(each.options.max_seq_len for each, _ in stages)
     plain = prompted = replace(request.options, max_seq_len=longest)
@@ -100,11 +100,12 @@ def load_rows(
     if request.val_fraction:
         (samples, held_out), val_store = split(store.conversations, request.val_fraction, request.seed), store
     places = {source.path: number for number, source in enumerate(sources)}
-    draws, left_out = [], []
+    draws, left_out, trained = [], [], []
     for (stage, _), part in zip(stages, parts, strict=True):
         weights = {places[source.path]: source.weight for source in part}
         chosen, dropped = _short_enough(_weigh(store, samples, weights, request.seed), store, stage)
         left_out.append(dropped)
+        trained += chosen
         draws.append(
             EpochDraw(
                 chosen, store.lengths, stage.options.max_seq_len, request.packing, request.repack,
@@ -124,8 +125,14 @@ def load_rows(
     for (stage, _), dropped in zip(stages, left_out, strict=True):
         if dropped:
             echo(f"{dropped} samples are longer than --max_tokens {stage.max_tokens or stage.options.max_seq_len}")
+    both = _also_trained(store, trained, val_store, held_out)
+    if len(both) and owner:
+        count = f"{len(both)} of {len(held_out)} held-out samples {'is' if len(both) == 1 else 'are'} also trained"
+        echo(f"warning: {count}, the first is {val_store.where(int(both[0]))}")
     selection = hashlib.sha256(f"{draw.fingerprint} {train.plan.fingerprint}".encode()).hexdigest()
     report = {"train": report_of(train), "held_out": report_of(val) if val else None}
+    if val:
+        report["held_out"]["samples_also_trained"] = len(both)
     report["train"]["samples_longer_than_max_tokens"] = left_out[0]
     if len(stages) > 1:
         report["stages"] = [
@@ -146,7 +153,13 @@ def load_rows(
     )
 
 
-def _find_files(request: DataRequest, stages: Sequence[DataRequest]) -> tuple[list[list[Source]], list[Source]]:
+def _silent(_line: str) -> None:
+    """Says nothing, where another process says it."""
+
+
+def _find_files(
+    request: DataRequest, stages: Sequence[DataRequest], say: Callable[[str], None]
+) -> tuple[list[list[Source]], list[Source]]:  # fmt: skip
     """The files that each stage is trained on, and those held out; ValueError for what makes no sense."""
     val_data_path, parts = request.val_data_path, []
     for stage in stages:
@@ -155,13 +168,25 @@ def _find_files(request: DataRequest, stages: Sequence[DataRequest]) -> tuple[li
             train_path, held_out_path = write_demo(Path(request.cache_dir) / DEMO)
             data_path = str(train_path)
             val_data_path = val_data_path or (None if request.val_fraction else str(held_out_path))
-        parts.append(find_sources(data_path, "--data_path"))
+        parts.append(find_sources(data_path, "--data_path", say))
         if stage.files_per_epoch is not None and stage.files_per_epoch > len(parts[-1]):
             raise ValueError(f"--files_per_epoch {stage.files_per_epoch}: --data_path names only {len(parts[-1])}")
-    val_sources = find_sources(val_data_path, "--val_data_path") if val_data_path is not None else []
+    val_sources = find_sources(val_data_path, "--val_data_path", say) if val_data_path is not None else []
     if any(source.weight != 1 for source in val_sources):
         raise ValueError(f"--val_data_path {val_data_path}: every held-out sample counts once, so it takes no weights")
     return parts, val_sources
+
+
+def _also_trained(
+    store: JoinedStore, trained: list[np.ndarray], val_store: JoinedStore, held_out: np.ndarray
+) -> np.ndarray:  # fmt: skip
+    """The held-out samples whose tokens some trained sample has too."""
+    if not len(held_out):
+        return held_out
+    digests, sought = store.digests[np.concatenate(trained)], val_store.digests[held_out]
+    ascending = np.sort(sought)  # the few are sorted and the many looked up: np.isin would sort both
+    nearest = ascending[np.searchsorted(ascending, digests).clip(max=len(ascending) - 1)]
+    return held_out[np.isin(sought, digests[nearest == digests])]
 
 
 def _packed(store: JoinedStore, samples: np.ndarray, max_seq_len: int, packing: bool) -> PackedRows:

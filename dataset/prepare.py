@@ -32,7 +32,7 @@ from dataset.strict_json import RowError
 from dataset.tokenise import Outcomes, Tokeniser, available_cores, in_blocks, map_in_order
 from dataset.tokenizer import hash_tokenizer, template_day, vocabulary_size
 
-VERSION = 5  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
+VERSION = 6  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
 POLL_SECONDS = 0.2
 
 
@@ -179,7 +179,7 @@ def _build(
     fingerprints: dict[str, str], echo: Callable[[str], None], processes: int,
 ) -> None:  # fmt: skip
     layout = detect_layout(path, options.fields(), options.data_format)
-    started, ledger = time.monotonic(), Ledger()
+    started, ledger, said = time.monotonic(), Ledger(), []
     echo(f"{path}: read as {LAYOUTS[layout].spoken}")
     renderer = ChatRenderer(
         tokenizer, options.train_on,
@@ -189,7 +189,7 @@ def _build(
     store.sweep(directory.parent)
     bar = tqdm(desc=path.name, unit=" rows", disable=None, leave=False)  # None: only on a terminal
     with bar, store.StoreWriter(directory, vocabulary_size(tokenizer)) as writer:
-        for outcomes in map_in_order(tokeniser, in_blocks(read_raw_rows(path)), processes):
+        for outcomes in map_in_order(tokeniser, in_blocks(read_raw_rows(path, said.append)), processes):
             for line, sample in _kept(outcomes, str(path), options, ledger):
                 writer.add(sample.ids, sample.supervised, line, row=ledger.read)
             bar.update(len(outcomes))
@@ -201,7 +201,7 @@ def _build(
             raise DataError([Defect(str(path), 0, "FILE_CHANGED", "the file changed while it was being read")])
         writer.publish(
             source=str(path),
-            report={**ledger.report(layout), "duplicates": writer.duplicates},
+            report={**ledger.report(layout), "file_notes": said, "duplicates": writer.duplicates},
             tokenizer_fingerprint=fingerprints["tokenizer"],
             template_fingerprint=fingerprints["template"],
         )

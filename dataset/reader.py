@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.files import read_rows
+from dataset.hints import no_layout
 from dataset.layouts import LAYOUTS, PAIR, PAIR_ADVICE, Fields, is_blank, nested_json, refuse_media, text
 from dataset.messages import Message, as_json, objects, parse_message
 from dataset.strict_json import RowError, kind_of
@@ -83,19 +84,33 @@ class Conversation:
 
 
 def detect_layout(path: Path, fields: Fields, named: str = "auto") -> str:
-    """Returns the name in LAYOUTS that was asked for, or that most of the first rows speak for."""
+    """Returns the name in LAYOUTS that was asked for, or that most of the first rows speak for.
+
+    Raises DataError, with one defect for all rows, where none of them fits any layout.
+    """
     if named != "auto" or fields.prompt is not None:
         return "fields" if named == "auto" else named
     votes: Counter[str] = Counter()
-    for _, row in itertools.islice(read_rows(path), DETECTION_ROWS):
+    seen: list[dict[str, Any]] = []
+    first = 0
+    for line, row in itertools.islice(read_rows(path), DETECTION_ROWS):
         if isinstance(row, dict):
+            first = first or line
+            seen.append(row)
             votes.update(itertools.islice((name for name, layout in LAYOUTS.items() if layout.fits(row)), 1))
-    return votes.most_common(1)[0][0] if votes else "messages"  # then every row will say what it lacks
+    if seen and not votes:
+        error = no_layout(seen, path)
+        raise DataError([Defect(str(path), first, error.code, str(error))])
+    return votes.most_common(1)[0][0] if votes else "messages"  # no row could be read
 
 
 def read_conversations(path: Path, fields: Fields, layout: str = "auto") -> Iterator[Conversation | Defect]:
     """Yields one item for each row of the file: its conversation, or the reason why there is none."""
-    layout = detect_layout(path, fields, layout)
+    try:
+        layout = detect_layout(path, fields, layout)
+    except DataError as error:
+        yield from error.defects
+        return
     for line, row in read_rows(path):
         try:
             yield parse_conversation(line, row, layout, fields)
@@ -113,6 +128,10 @@ def parse_conversation(line: int, row: dict[str, Any] | RowError, layout: str, f
         keys = keys.union(fields.names)
     if not row.keys() <= keys:
         _look_beside(row, keys, layout, notes)
+    if layout == "fields" and not row.keys() >= set(fields.prompts):
+        notes += [f"the prompt is without the field {name!r}" for name in fields.prompts if name not in row]
+    if layout == "alpaca" and is_blank(row.get("instruction")) and not is_blank(row.get("input")):
+        notes.append("there is no instruction, so the input alone is the question")
     if layout == "text":
         whole = text(row, "text", "the row")
         if not whole.strip():

@@ -8,13 +8,16 @@ import glob
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dataset.reader import UnsafeDataError
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
+PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+SUFFIXES = (*PLAIN, *(f"{suffix}.gz" for suffix in PLAIN), ".parquet", ".arrow")
+ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<split>[\w+-]+))?")
 
 
@@ -26,15 +29,20 @@ class Source:
     weight: float = 1.0
 
 
-def find_sources(data_path: str, flag: str = "--data_path") -> list[Source]:
-    """The files that the words of a flag name, in their order; ValueError for a word that names none."""
+def find_sources(
+    data_path: str, flag: str = "--data_path", say: Callable[[str], None] = lambda note: None
+) -> list[Source]:  # fmt: skip
+    """The files that the words of a flag name, in their order; ValueError for a word that names none.
+
+    `say` hears which files with the name of a data file are none.
+    """
     sources = []
     for word in [data_path] if os.path.exists(data_path) else data_path.split(","):
         if not word.strip():
             raise ValueError(f"{flag} {data_path!r}: there is an empty name in it")
         try:
             name, weight = _weight_of(word.strip())
-            sources += [Source(path, weight) for path in _files_of(name)]
+            sources += [Source(path, weight) for path in _files_of(name, say)]
         except ValueError as error:
             kind = UnsafeDataError if isinstance(error, UnsafeDataError) else ValueError
             raise kind(f"{flag} {word.strip()}: {error}") from error
@@ -50,14 +58,15 @@ def _weight_of(word: str) -> tuple[str, float]:
     return name, float(number)
 
 
-def _files_of(name: str) -> list[Path]:
+def _files_of(name: str, say: Callable[[str], None]) -> list[Path]:
     path = Path(name)
     if path.is_dir():
-        return _files_in(path)
+        return _files_in(path, say)
     if path.exists():
         return [path]
     if glob.has_magic(name) and "@" not in name:
         found = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
+        found = _without_others(found, name, say)
         if not found:
             raise ValueError("no file matches")
         return found
@@ -68,7 +77,7 @@ def _files_of(name: str) -> list[Path]:
     return [path]  # the reader says what is wrong with it
 
 
-def _files_in(directory: Path) -> list[Path]:
+def _files_in(directory: Path, say: Callable[[str], None]) -> list[Path]:
     """Every data file below a directory, or the shards of what `datasets` saved there."""
     if (directory / "dataset_dict.json").is_file():
         splits = ", ".join(_listed(directory / "dataset_dict.json", "splits"))
@@ -80,9 +89,26 @@ def _files_in(directory: Path) -> list[Path]:
             raise UnsafeDataError(f"its state.json names {outside[0]!r}, which is no file in it")
         return [directory / name for name in names]
     found = sorted(path for path in directory.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    found = _without_others(found, directory, say)
     if not found:
         raise ValueError(f"no file in it ends with {', '.join(SUFFIXES)}")
     return found
+
+
+def _without_others(found: list[Path], place: str | Path, say: Callable[[str], None]) -> list[Path]:
+    """The files without those that are about data, and without hidden ones and what lies in hidden directories."""
+    depth = len(place.parts) if isinstance(place, Path) else 0
+    others = [
+        path
+        for path in found
+        if path.name in ABOUT_DATA
+        or path.suffix == ".lock"
+        or (depth and any(part.startswith(".") for part in path.parts[depth:]))
+    ]
+    if others:
+        names = ", ".join(str(Path(*path.parts[depth:])) for path in others[:5])
+        say(f"{place}: no data, passed over: {names}{f' and {len(others) - 5} more' if len(others) > 5 else ''}")
+    return [path for path in found if path not in others]
 
 
 def _listed(file: Path, key: str) -> list[Any]:

@@ -91,6 +91,18 @@ GOLDEN = {
         {"prompt": "a", "completion": "b"},
         Conversation(1, [says("user", "a"), says("assistant", "b")]),
     ),
+    "dolly": (
+        {"instruction": "a", "context": "c", "response": "b", "system": "s"},
+        Conversation(1, [says("system", "s"), says("user", "a\nc"), says("assistant", "b")]),
+    ),
+    "xlam": (
+        {"query": "a", "tools": json.dumps(TOOLS), "answers": json.dumps([CALL["function"]])},
+        Conversation(1, [says("user", "a"), says("assistant", "", tool_calls=[CALL])], TOOLS),
+    ),
+    "ultrachat": (
+        {"data": ["a", "b", "c", "d"]},
+        Conversation(1, [says("user", "a"), says("assistant", "b"), says("user", "c"), says("assistant", "d")]),
+    ),
     "text": ({"text": " a b "}, Conversation(1, [], text=" a b ")),
 }
 
@@ -121,6 +133,9 @@ SUPERVISED = {
     "alpaca": [*b"y", END, *b"b", END],
     "prompt": [*b"b", END],
     "text": [*b"a b ", END],  # the first token of a text has nothing before it that could predict it
+    "dolly": [*b"b", END],
+    "xlam": LOOK,
+    "ultrachat": [*b"b", END, *b"d", END],
     "fields": [*b"b", END],
 }
 

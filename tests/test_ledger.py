@@ -75,7 +75,10 @@ def test_keys_that_differ_from_row_to_row_do_not_fill_the_report(monkeypatch):
         counted.note(line, [f"the field '{line}' is not read", f"the field '{line}0' is not read"])
     assert len(counted.notes) == 4 and counted.notes[ledger.OTHER_NOTES] == [5, 2]
     counted.notes["most"] = [9, 1]
-    report = {"notes": [{"note": name, "rows": rows, "line": line} for name, (rows, line) in counted.notes.items()]}
+    report = {
+        "file_notes": [],
+        "notes": [{"note": name, "rows": rows, "line": line} for name, (rows, line) in counted.notes.items()],
+    }
     assert list(note_lines(report))[-1] == "3 more such notes are in data_report.json"
     assert len(list(note_lines(report))) == 3
 

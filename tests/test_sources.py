@@ -33,6 +33,35 @@ def test_words_are_files_patterns_and_directories_with_weights(tmp_path, monkeyp
     assert find_sources("none.jsonl:2") == [Source(Path("none.jsonl"), 2.0)]  # the reader says that it is not there
 
 
+def test_what_is_about_data_or_hidden_is_passed_over_and_said_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ("1.jsonl", "2.ndjson", "3.csv.gz", "deep/4.tsv", "deep/5.ndjson.gz")
+    others = (
+        ".git/x.json",
+        ".hidden.jsonl",
+        "config.json",
+        "dataset_infos.json",
+        "deep/dataset_info.json",
+        "state.json",
+    )
+    for name in (*data, *others, "README.md", "1.jsonl.lock"):
+        write(Path("d") / name, 1)
+    said = []
+    assert [str(s.path) for s in find_sources("d", say=said.append)] == [f"d/{name}" for name in data]
+    assert said == [f"d: no data, passed over: {', '.join(others[:5])} and 1 more"]
+    said.clear()
+    assert [s.path.name for s in find_sources("d/*.json*", say=said.append)] == ["1.jsonl"]
+    assert said == [
+        "d/*.json*: no data, passed over: d/1.jsonl.lock, d/config.json, d/dataset_infos.json, d/state.json"
+    ]
+    assert [s.path.name for s in find_sources("d/config.json")] == ["config.json"]  # who names it wants it
+
+
+def test_a_hidden_directory_may_be_named(tmp_path):
+    write(tmp_path / ".data/a.jsonl", 1)
+    assert [s.path.name for s in find_sources(str(tmp_path / ".data"))] == ["a.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -143,6 +172,29 @@ def test_what_cannot_be_counted_is_never_skipped(tmp_path):
         load(tmp_path, str(path), options={"bad_rows": "skip"})
 
 
+def test_what_was_read_leniently_is_said_at_every_start_and_stands_in_the_ledger(tmp_path):
+    path, said = write(tmp_path / "a.jsonl", 3), []
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\n")
+    notes = ["begins with a byte order mark, which is passed over", "1 blank line at its end is passed over"]
+    request = DataRequest(str(path), cache_dir=str(tmp_path / "cache"))
+    for _ in range(2):
+        said.clear()
+        data = load_rows(request, load_tokenizer(str(OWN_TOKENIZER)), True, echo=said.append)
+        assert [line for line in said if "passed over" in line] == [f"{path}: {note}" for note in notes]
+    assert data.report["train"]["sources"][0]["file_notes"] == notes
+    plain = write(tmp_path / "b.jsonl", 3)
+    assert load(tmp_path, str(plain)).identity == data.identity
+
+
+def test_a_file_that_no_layout_fits_is_never_skipped(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("question,answer\na,b\n")
+    with pytest.raises(DataError, match="--prompt_field question --response_field answer"):
+        load(tmp_path, str(path), options={"bad_rows": "skip"})
+    rows = load(tmp_path, str(path), options={"prompt_field": "question", "response_field": "answer"}).train
+    assert rows.store.where(0) == f"{path}:2"
+
+
 def test_duplicates_are_counted_and_kept(tmp_path):
     path = write(tmp_path / "a.jsonl", 5)
     path.write_text(path.read_text() * 2)
@@ -213,6 +265,39 @@ def test_a_conversation_that_stands_there_often_is_not_held_out_for_many(tmp_pat
         request = DataRequest(str(path), val_fraction=0.1, seed=seed, cache_dir=str(tmp_path / "cache"))
         data = load_rows(request, load_tokenizer(str(OWN_TOKENIZER)), True, echo=lambda line: None)
         assert len(data.held_out.samples) <= 10
+
+
+def warned(tmp_path, data_path, **wanted) -> tuple[list[str], int]:
+    said: list[str] = []
+    request = DataRequest(data_path, seed=7, cache_dir=str(tmp_path / "cache"), **wanted)
+    data = load_rows(request, load_tokenizer(str(OWN_TOKENIZER)), True, echo=said.append)
+    return [line for line in said if line.startswith("warning")], data.report["held_out"]["samples_also_trained"]
+
+
+def test_held_out_samples_that_are_also_trained_are_counted(tmp_path):
+    a, b, c = write(tmp_path / "a.jsonl", 10), write(tmp_path / "b.jsonl", 4), write(tmp_path / "c.jsonl", 5, "other")
+    line = f"warning: 4 of 4 held-out samples are also trained, the first is {b}:1"
+    assert warned(tmp_path, str(a), val_data_path=str(b)) == ([line], 4)
+    assert warned(tmp_path, f"{a},{b}", val_data_path=str(b)) == ([line], 4)
+    assert warned(tmp_path, str(c), val_data_path=str(b)) == ([], 0)
+    c.write_text(c.read_text() + b.read_text().splitlines()[2] + "\n")
+    line = f"warning: 1 of 6 held-out samples is also trained, the first is {c}:6"
+    assert warned(tmp_path, str(a), val_data_path=str(c)) == ([line], 1)
+
+
+def test_a_held_out_part_of_the_same_file_is_not_trained(tmp_path):
+    path = write(tmp_path / "a.jsonl", 40)
+    assert warned(tmp_path, str(path), val_fraction=0.25) == ([], 0)
+    path.write_text(path.read_text() * 2)  # twins stay on one side
+    assert warned(tmp_path, str(path), val_fraction=0.25) == ([], 0)
+
+
+def test_a_sample_that_no_stage_draws_is_not_trained(tmp_path):
+    long = {"prompt": "many " * 30, "completion": "words"}
+    a, b = write_array(tmp_path / "a.json", [long, {"prompt": "a", "completion": "b"}]), tmp_path / "b.json"
+    write_array(b, [long])
+    assert warned(tmp_path, str(a), val_data_path=str(b))[1] == 1
+    assert warned(tmp_path, str(a), val_data_path=str(b), max_tokens=30) == ([], 0)
 
 
 def test_a_weight_that_leaves_nothing_of_a_file_is_an_error(tmp_path):
