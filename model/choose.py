@@ -29,6 +29,7 @@ from model.loading import (
 from model.lora import add_adapters, fill_adapters
 from model.parts import PartOf, weights_in
 from model.quantised import refuse_quantised
+from model.reach import outermost
 from model.trust import NO_TRUST, Trust, UnsafeModelError, refuse_unsafe_tokenizer
 from model.vocabulary import grow
 
@@ -150,6 +151,10 @@ def choose_model(request: ModelRequest, vocab_size: int, empty: bool = False, qu
     ]
     if problems:
         raise ValueError("\n".join(problems))
+    if model.unreached and not quiet:
+        frozen = sum(parameter.numel() for name, parameter in model.named_parameters() if name in model.unreached)
+        named = ", ".join(outermost(model, model.unreached))
+        logger.info("%s parameters that text does not reach are frozen: %s", f"{frozen:,}", named)
     if model.vocab_size < vocab_size:
         logger.log(
             logging.DEBUG if quiet else logging.WARNING,
@@ -183,7 +188,12 @@ def fill_model(model: Any, request: ModelRequest, part_of: PartOf, dtype: torch.
 
 def known_positions(model: Any) -> int:
     """How many positions a model can tell apart; a family that says nothing of it has no bound."""
-    return getattr(model.config, "max_position_embeddings", None) or NO_BOUND
+    return getattr(text_config_of(model), "max_position_embeddings", None) or NO_BOUND
+
+
+def text_config_of(model: Any) -> Any:
+    """What the text part of a model goes by, which for most is the whole."""
+    return model.config if isinstance(model, Decoder) else model.config.get_text_config()
 
 
 def positions_of_one(model: Any) -> int:
@@ -191,7 +201,7 @@ def positions_of_one(model: Any) -> int:
 
     They stretch all positions of a batch by its longest document, packed or side by side.
     """
-    config = model.config
+    config = text_config_of(model)
     rope = getattr(config, "rope_parameters", None) or {}
     parts = list(rope.values()) if all(isinstance(part, dict) for part in rope.values()) else [rope]
     original = getattr(config, "original_max_position_embeddings", None) or known_positions(model)
@@ -222,7 +232,7 @@ def check_positions(model: Any, lengths: np.ndarray, max_seq_len: int) -> None:
 
 def shape_of(model: Any, names: Iterable[str]) -> dict[str, int | None]:
     """The shape under the names of the flags; None for what a foreign family does not have."""
-    return {name: getattr(model.config, name, None) for name in names}
+    return {name: getattr(text_config_of(model), name, None) for name in names}
 
 
 def sizes_of(request: ModelRequest, vocab_size: int) -> dict[str, int] | None:

@@ -21,7 +21,7 @@ from model.isolation import APART, PACKED
 from model.losses import Terms, supervised_terms
 from model.moe import TERM_WEIGHTS, router_terms
 from model.parts import recompute_in_backward
-from model.trust import NO_TRUST, Trust
+from model.trust import NO_TRUST, Trust, read_json
 
 logger = logging.getLogger("train")
 
@@ -80,6 +80,17 @@ def _with_our_attention(load: Callable[..., Any]) -> Any:
         return load(attn_implementation="eager")
 
 
+def _auto_class(config: dict[str, Any]) -> Any:
+    """What of transformers opens the whole of a model: as a model of text alone, it would lose what sees and hears."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
+
+    kind, named = config.get("model_type"), (config.get("architectures") or [None])[0]
+    with_images = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind, "") == named
+    of_text = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) == named
+    return AutoModelForImageTextToText if with_images and not of_text else AutoModelForCausalLM
+
+
 def logits_already(states: Tensor) -> Tensor:
     """The head of a model that does not say what its head is."""
     return states
@@ -103,6 +114,7 @@ class HFCausalLM(LanguageModel):
         self._routers = _routers_of(inner)
         self._keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
         self._plain_head = False
+        self.unreached = []
         self.attention = inner.config._attn_implementation
         self.reading = PACKED if self.attention == ATTENTION_NAME else APART
         self.told: list[int | None] | None = None  # of windows, by the layers, while it is tried
@@ -113,12 +125,10 @@ class HFCausalLM(LanguageModel):
 
         Code of its own is run only where that is trusted.
         """
-        from transformers import AutoModelForCausalLM
-
         with _explained(source):
             inner, info = _with_our_attention(
                 partial(
-                    AutoModelForCausalLM.from_pretrained,
+                    _auto_class(read_json(source, "config.json", trust)).from_pretrained,
                     source,
                     dtype=torch.get_default_dtype(),
                     use_safetensors=True,
@@ -140,12 +150,13 @@ class HFCausalLM(LanguageModel):
     def skeleton(cls, source: str | Path, trust: Trust = NO_TRUST) -> "HFCausalLM":
         """The same model without memory for its parameters; buffers, which no file holds, are computed."""
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         with _explained(source):
             config = AutoConfig.from_pretrained(source, **trust.options())
-            make = partial(AutoModelForCausalLM.from_config, trust_remote_code=False)
+            auto_class = _auto_class(read_json(source, "config.json", trust))
+            make = partial(auto_class.from_config, trust_remote_code=False)
             if trust.code and (named := (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")):
                 own_class = get_class_from_dynamic_module(named, source, code_revision=trust.revision)
                 own_class.register_for_auto_class("AutoModelForCausalLM")  # an export copies its code
@@ -286,9 +297,9 @@ class HFCausalLM(LanguageModel):
         return self.reading == PACKED and self.told is None
 
     def parameter_counts(self) -> tuple[int, int]:
-        """(body, head) as the decoder counts them; every expert of a mixture counts as used."""
+        """(body, head) as the decoder counts them, of what text reaches; every expert of a mixture counts as used."""
         embedding, head = self.inner.get_input_embeddings().weight, self.inner.get_output_embeddings().weight
-        total = sum(parameter.numel() for parameter in self.parameters())
+        total = sum(parameter.numel() for name, parameter in self.named_parameters() if name not in self.unreached)
         return total - head.numel() - (0 if embedding is head else embedding.numel()), head.numel()
 
 

@@ -21,6 +21,7 @@ class LanguageModel(nn.Module):
     vocab_size: int
     added_entries = 0  # of the vocabulary, at its end, since `model.vocabulary.grow`
     adapters: Any = None  # see model/lora.py
+    unreached: list[str] = []  # parameters that text does not reach, see model/reach.py
     token_dim = 0  # of what its layers make of tokens
     runs_compiled = True  # now, what is compiled of its layers
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.reach import reached_by
+
 logger = logging.getLogger("train")
 
 PROBE_TOKENS = (7, 5)  # of the two documents that a model is tried on
@@ -23,37 +25,39 @@ PACKED, APART, PLAIN = "packed", "apart", "plain"
 TOLERANCE, TOLERANCE_IN_HALF = 1e-3, 0.05
 
 
-def check_isolation(model: Any, dtype: torch.dtype = torch.float32) -> None:
+def check_isolation(model: Any, dtype: torch.dtype = torch.float32) -> set[int]:
     """Let the model pack if it can, else let it compute documents apart and say so; ValueError where neither is right.
 
-    `model`: an HFCausalLM, which computes in `dtype`.
+    `model`: an HFCausalLM, which computes in `dtype`. Returns `reached_by` of its logits.
     """
     family, training = type(model.inner).__name__, model.training
     tolerance = TOLERANCE if dtype == torch.float32 else TOLERANCE_IN_HALF
     model.eval()
-    reason = _tried(model, tolerance) if model.reading == PACKED else "it takes no attention but its own"
+    reached: set[int] = set()
+    reason = _tried(model, tolerance, reached) if model.reading == PACKED else "it takes no attention but its own"
     if reason:
         model.read_apart()
-        if fault := _tried(model, tolerance):
+        if fault := _tried(model, tolerance, reached):
             raise ValueError(f"{family} is no causal language model that this kit could train: {fault}")
         logger.warning(
             "%s cannot be packed: %s. The documents of a row are computed side by side, padded on the right, which is "
             "exact and slower", family, reason,
         )  # fmt: skip
     model.train(training)
+    return reached
 
 
-def _tried(model: Any, tolerance: float) -> str | None:
+def _tried(model: Any, tolerance: float, reached: set[int]) -> str | None:
     """The fault of a model, which knows meanwhile that it is tried."""
     model.told = []
     try:
-        return _fault(model, tolerance, model.told)
+        return _fault(model, tolerance, model.told, reached)
     finally:
         model.told = None  # now: in the backward pass a layer may run once more
 
 
-def _fault(model: Any, tolerance: float, told: list[int | None]) -> str | None:
-    """What is wrong with how the model reads two documents, None if nothing is.
+def _fault(model: Any, tolerance: float, told: list[int | None], reached: set[int]) -> str | None:
+    """What is wrong with how the model reads two documents, None if nothing is; `reached` becomes what they reach.
 
     Influence is a gradient that is not exactly zero: equal logits would be too much to ask of a mixture, whose matrix
     products change their shape, and so their rounding.
@@ -71,6 +75,8 @@ def _fault(model: Any, tolerance: float, told: list[int | None]) -> str | None:
         hook.remove()
     if model.reading == PACKED and (fault := _fault_of_layers(model.config.get_text_config(), told)):
         return fault
+    reached.clear()
+    reached |= reached_by(logits)
     (influence,) = torch.autograd.grad(logits[:-1].square().sum(), embedded)
     if influence[0, : len(first)].any():
         return "one document changes the logits of another"

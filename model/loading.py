@@ -18,6 +18,7 @@ from model.isolation import check_isolation
 from model.lora import base_name
 from model.parts import Inside, PartOf, overlap, whole
 from model.quantised import TRAINABLE, refuse_quantised
+from model.reach import freeze_unreached
 from model.trust import NO_TRUST, Trust, read_object, refuse_unsafe_weights
 from model.vocabulary import grow, mean_row, vocabulary_tensors
 
@@ -50,7 +51,7 @@ def load_model(source: str | Path, dropout: float = 0.0, trust: Trust = NO_TRUST
         fill_from_files(decoder, source)
         return decoder
     model = HFCausalLM.from_pretrained(source, trust)
-    check_isolation(model, torch.get_default_dtype())
+    freeze_unreached(model, check_isolation(model, torch.get_default_dtype()))
     return model
 
 
@@ -58,7 +59,9 @@ def load_skeleton(source: str | Path, dropout: float = 0.0, trust: Trust = NO_TR
     """The model of `load_model` without memory for its weights; once it has some, `fill_from_files` sets them."""
     if is_builtin_directory(source, trust):
         return build_skeleton(_decoder_config_in(source, dropout))
-    return HFCausalLM.skeleton(source, trust)
+    model = HFCausalLM.skeleton(source, trust)
+    freeze_unreached(model)
+    return model
 
 
 def refuse_missing(source: str | Path) -> None:
