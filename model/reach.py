@@ -55,5 +55,7 @@ def outermost(model: torch.nn.Module, names: Iterable[str]) -> list[str]:
         if name in names and not any(name.startswith(f"{each}.") for each in found):
             parts = name.split(".")
             paths = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
-            found.append(next(path for path in paths if not any(f"{other}.".startswith(f"{path}.") for other in others)))
+            found.append(
+                next(path for path in paths if not any(f"{other}.".startswith(f"{path}.") for other in others))
+            )
     return found
