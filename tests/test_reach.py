@@ -100,7 +100,8 @@ LORA = {"lora_rank": 2}
 WAYS = {
     "alone": (1, {}), "ddp": (2, {}), "fsdp": (2, {"strategy": "fsdp"}), "muon": (2, {"optimizer": "muon"}),
     "ema": (2, {"ema_decay": 0.5}), "recomputed": (1, {"gradient_checkpointing": True}),
-    "lora": (2, LORA), "lora fsdp": (2, {**LORA, "strategy": "fsdp"}), "lora named": (2, {**LORA, "lora_targets": "q_proj"}),
+    "lora": (2, LORA), "lora fsdp": (2, {**LORA, "strategy": "fsdp"}),
+    "lora named": (2, {**LORA, "lora_targets": "q_proj"}),
 }  # fmt: skip
 
 
