@@ -1,13 +1,14 @@
 """Rows of CSV and TSV files: the header names the keys, and every value is the text that its cell holds."""
 
 import csv
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from dataset.strict_json import RowError, parse_json
 
-LONGEST_CELL = 64 * 1024 * 1024  # characters; a quote that nobody closes ends here
+LONGEST = 64 * 1024 * 1024  # characters of a cell, bytes of a line: a quote that nobody closes ends here
 IN_JSON = ("messages", "conversations", "tools")  # columns that hold lists, which a cell can only hold as JSON
 SPOKEN = {";": "';'", "\t": "tabs"}
 
@@ -16,13 +17,13 @@ def cell_rows(
     file: BinaryIO, separator: str, say: Callable[[str], None]
 ) -> Iterator[tuple[int, bytes | dict[str, Any] | RowError]]:
     """Yields (line in which it begins, row); a blank line is no bytes."""
-    csv.field_size_limit(LONGEST_CELL)
-    first = next(file, b"")
+    csv.field_size_limit(LONGEST)
+    first = file.readline(LONGEST)
     if separator == "," and separator.encode() not in first:
         separator = next((other for other in SPOKEN if other.encode() in first), separator)
         if separator != ",":
             say(f"its cells are separated by {SPOKEN[separator]}")
-    lines = (line.decode("utf-8") for part in ([first], file) for line in part)
+    lines = (line.decode("utf-8") for line in itertools.chain([first], iter(lambda: file.readline(LONGEST), b"")))
     reader = csv.reader(lines, delimiter=separator, strict=True)
     begins = 1
     try:

@@ -126,7 +126,7 @@ def _without_blank_end(
     """The rows, without the blank lines after the last of them."""
     blank: list[tuple[int, RawRow]] = []
     for line, row in rows:
-        if isinstance(row, bytes) and not row.strip():
+        if isinstance(row, bytes) and (not row or row.isspace()):
             blank.append((line, b""))
             continue
         yield from blank

@@ -32,19 +32,20 @@ def _way_out(rows: list[Row], names: list[str], path: Path) -> str:
         return f"each is a tree of messages; {TREE}"
     if {"system", "chat"} <= set(names):
         return "the text under 'chat' is a whole dialogue; write it as {\"messages\": […]} first"
-    for name, value in rows[0].items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            if "role" in value[0] or "from" in value[0]:
-                known = "messages" if "role" in value[0] else "conversations"
-                return f"{name!r} holds messages; rename it to {known!r}"
-            if len(rows) == 1:
-                return f"{name!r} holds the rows; unwrap them by {UNWRAP.format(path=path, key=name)}"
+    lists = {name: value[0] for name, value in rows[0].items() if isinstance(value, list) and value}
+    objects = {name: first for name, first in lists.items() if isinstance(first, dict)}
+    for key, known in (("role", "messages"), ("from", "conversations")):
+        if found := next((name for name, first in objects.items() if key in first), None):
+            return f"{found!r} holds messages; rename it to {known!r}"
     texts = {name.lower(): name for name in names if any(isinstance(row.get(name), str) for row in rows)}
     question, answer, system = (
         next((texts[name] for name in known if name in texts), None) for known in (QUESTIONS, ANSWERS, SYSTEMS)
     )
-    if not question or not answer:
-        return "name the fields of the question and the answer by --prompt_field and --response_field"
-    questions = f"{question},{texts['context']}" if "context" in texts else question
-    flags = f"--prompt_field {shlex.quote(questions)} --response_field {shlex.quote(answer)}"
-    return f"{flags}{f' --system_field {shlex.quote(system)}' if system else ''} reads them"
+    if question and answer:
+        questions = f"{question},{texts['context']}" if "context" in texts else question
+        flags = f"--prompt_field {shlex.quote(questions)} --response_field {shlex.quote(answer)}"
+        return f"{flags}{f' --system_field {shlex.quote(system)}' if system else ''} reads them"
+    if objects and len(rows) == 1:
+        name = next(iter(objects))
+        return f"{name!r} holds the rows; unwrap them by {UNWRAP.format(path=path, key=name)}"
+    return "name the fields of the question and the answer by --prompt_field and --response_field"

@@ -72,7 +72,10 @@ def load_rows(
     Raises DataError with the defects of all files, after they are written to `rejects_file`, one JSON object per line.
     """
     stages = stages or [(request, 1)]
-    parts, val_sources = _find_files(request, [each for each, _ in stages], echo if owner else _silent)
+    passed_over: set[str] = set()
+    parts, val_sources = _find_files(request, [each for each, _ in stages], passed_over.add)
+    for line in sorted(passed_over) if owner else ():
+        echo(line)
     sources = list({source.path: source for part in parts for source in part}.values())
     longest = max(each.options.max_seq_len for each, _ in stages)
     plain = prompted = replace(request.options, max_seq_len=longest)
@@ -151,10 +154,6 @@ def load_rows(
         held_out_identity=f"{val_store.fingerprint[:16]}/{val.plan.fingerprint[:16]}" if val else "none",
         rejects=[{"path": each.source, **reject} for each in stores for reject in each.report["rejects"]],
     )
-
-
-def _silent(_line: str) -> None:
-    """Says nothing, where another process says it."""
 
 
 def _find_files(

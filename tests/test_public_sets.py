@@ -254,3 +254,9 @@ def test_fields_of_any_spelling_are_found(tmp_path):
 def test_a_layout_that_is_named_is_taken_as_before(tmp_path):
     (found,) = read_conversations(write(tmp_path, REFUSED["OASST"][0]), Fields(), "text")
     assert isinstance(found, Conversation) and found.text == SAID
+
+
+def test_the_hint_takes_context_and_a_lone_row_with_tools_for_what_they_are(tmp_path):
+    row = {"question": "a", "context": "c", "answer": "b", "steps": [{"a": 1}]}
+    (found,) = read_conversations(write(tmp_path, row), Fields())
+    assert "--prompt_field question,context --response_field answer reads them" in found.message
