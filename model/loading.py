@@ -24,6 +24,7 @@ from model.vocabulary import grow, mean_row, vocabulary_tensors
 
 logger = logging.getLogger("train")
 
+
 def build_skeleton(config: DecoderConfig) -> Decoder:
     """A decoder on the meta device, without memory for its weights."""
     with torch.device("meta"):
