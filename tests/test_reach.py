@@ -9,6 +9,7 @@ from torch import nn
 from model.choose import ModelRequest, choose_model, known_positions, shape_of
 from model.export import export_model
 from model.foreign import HFCausalLM
+from model.generate import generate
 from model.isolation import check_isolation
 from model.loading import load_model, load_skeleton
 from model.losses import sft_objective
@@ -67,6 +68,18 @@ def test_text_reaches_the_text_part_alone(tmp_path, family):
     export_model(tmp_path / "final", whole, TOKENIZER)
     again = weights_of(tmp_path / "final", family).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "PaliGemma"])
+def test_answers_in_a_batch_are_those_of_transformers(tmp_path, family):
+    network = seeing(tmp_path, family)
+    loaded, prompts = load_model(tmp_path), [tokens(length, length).tolist() for length in (5, 17, 1)]
+    for prompt, answer in zip(prompts, generate(loaded, prompts, max_new_tokens=6, eos_token_ids=[]), strict=True):
+        ids = list(prompt)
+        for _ in answer:  # without a cache
+            with torch.no_grad():
+                ids.append(int(network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert ids[len(prompt) :] == answer and len(answer) == 6
 
 
 def test_what_no_text_needs_is_frozen_in_any_family_but_experts_wait_for_their_tokens(tmp_path):
