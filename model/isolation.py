@@ -34,6 +34,8 @@ def check_isolation(model: Any, dtype: torch.dtype = torch.float32) -> set[int]:
     tolerance = TOLERANCE if dtype == torch.float32 else TOLERANCE_IN_HALF
     model.eval()
     reached: set[int] = set()
+    if getattr(model.config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
+        raise ValueError(f"{family} is no causal language model: its config.json says use_bidirectional_attention")
     reason = _tried(model, tolerance, reached) if model.reading == PACKED else "it takes no attention but its own"
     if reason:
         model.read_apart()

@@ -67,19 +67,14 @@ def add_adapters(
     from transformers.pytorch_utils import Conv1D  # a linear layer with its weight the other way round
 
     vocabulary = [id(module) for module in model.vocabulary_modules()]
-    idle = tuple(model.unreached)  # there is nothing to learn beside them
-    layers = {
-        name: each
-        for name, each in model.named_modules()
-        if id(each) not in vocabulary and f"{name}.weight" not in idle
-    }
+    layers = {name: each for name, each in model.named_modules() if id(each) not in vocabulary}
     linear = {name: each for name, each in layers.items() if isinstance(each, nn.Linear | Conv1D)}
+    linear = {name: each for name, each in linear.items() if f"{name}.weight" not in model.unreached}
     past = [name for name in linear if is_read_past(model, name)]
     shapes = {name: tuple(each.weight.shape) for name, each in linear.items() if name not in past}
     chosen, left_out = choose_layers(shapes, rank, targets)
-    left_out += past + [
-        name for name, parameter in model.named_parameters() if parameter.dim() > 2 and name not in idle
-    ]
+    stacked = [name for name, parameter in model.named_parameters() if parameter.dim() > 2]
+    left_out += past + [name for name in stacked if name not in model.unreached]
     endings = {last_name(name) for name in chosen}
     alike = [name for name, _ in model.named_modules() if last_name(name) in endings]
     config = LoraConfig(

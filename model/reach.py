@@ -53,9 +53,8 @@ def outermost(model: torch.nn.Module, names: Iterable[str]) -> list[str]:
     others = [name for name, _ in model.named_parameters() if name not in names]
     for name, _ in model.named_parameters():
         if name in names and not any(name.startswith(f"{each}.") for each in found):
-            parts = name.split(".")
-            paths = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
-            found.append(
-                next(path for path in paths if not any(f"{other}.".startswith(f"{path}.") for other in others))
-            )
+            path, *rest = name.split(".")
+            while any(f"{other}.".startswith(f"{path}.") for other in others):
+                path = f"{path}.{rest.pop(0)}"
+            found.append(path)
     return found

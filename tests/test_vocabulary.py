@@ -11,6 +11,7 @@ from dataset.tokenizer import vocabulary_size
 from model.choose import ModelRequest, choose_model, fill_model, load_tokenizer
 from model.decoder import Decoder
 from model.export import export_model
+from model.loading import load_model
 from model.parts import whole
 from model.vocabulary import grow, mean_row
 from scripts.chat import main as chat
@@ -150,3 +151,61 @@ def test_a_tokenizer_with_holes_in_its_ids_is_trained_exported_and_read_again(tm
     flags |= {**shape, "intermediate_size": None, "dropout": 0, "from_weight": str(tmp_path / "model")}
     assert train(1, tmp_path / "grown", **flags, tokenizer=str(holed)) == [0], log_of(tmp_path / "grown")
     assert json.loads((tmp_path / "grown" / "final" / "config.json").read_text())["vocab_size"] == 76_400
+
+
+def far_tokenizer(directory, number):
+    """Our tokenizer with one more token far behind the others."""
+    shutil.copytree(TOKENIZER, directory)
+    parts = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    parts["model"]["vocab"]["<|far|>"] = number
+    parts["added_tokens"].append({**parts["added_tokens"][0], "id": number, "content": "<|far|>"})
+    (directory / "tokenizer.json").write_text(json.dumps(parts, ensure_ascii=False), encoding="utf-8")
+    return load_tokenizer(str(directory))
+
+
+LORA = {"rank": 2, "alpha": 4, "targets": "", "dropout": 0.0}
+
+
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["whole", "lora"])
+@pytest.mark.parametrize("kind", ["tied decoder", "decoder", "Mistral", "Gemma3Text"])
+def test_a_smaller_tokenizer_leaves_the_padding_of_a_vocabulary_alone(tmp_path, kind, lora, caplog):
+    """As in Qwen's checkpoints, whose vocabulary is rounded up."""
+    MODELS[kind](tmp_path / "model")
+    request = ModelRequest(from_weight=str(tmp_path / "model"), lora=lora)
+    for empty in (False, True):
+        model = choose_model(request, 90, empty=empty)
+        assert model.vocab_size == 97 and model.added_entries == 0 and "are added" not in caplog.text
+    export_model(tmp_path / "final", choose_model(request, 90), TOKENIZER)
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["vocab_size"] == 97
+    again, before = (load_model(tmp_path / name).state_dict() for name in ("final", "model"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_rank": 2}, {"lora_rank": 2, "strategy": "fsdp"}], ids=str)
+@pytest.mark.parametrize("kind", ["decoder", "Mistral"])
+def test_a_token_far_behind_the_others_makes_room_up_to_its_id(tmp_path, kind, more):
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = far_tokenizer(tmp_path / "tokenizer", 6500)
+    assert (len(tokenizer), vocabulary_size(tokenizer)) == (6401, 6501)
+    if kind == "decoder":
+        export_model(tmp_path / "model", tiny(vocab_size=6450, tie_word_embeddings=False), TOKENIZER)
+    else:
+        foreign(tmp_path / "model", kind, vocab_size=6450)
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "<|far|>"}]
+    rows.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)))
+    flags = {name: None for name in TINY if name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    flags |= {"data_path": str(rows), "from_weight": str(tmp_path / "model"), "tokenizer": str(tmp_path / "tokenizer")}
+    flags |= {"intermediate_size": None, "dropout": 0.0, "max_steps": 1, **more}
+    processes = 2 if "strategy" in more else 1
+    assert train(processes, tmp_path / "run", **flags) == [0] * processes, log_of(tmp_path / "run")
+    assert "has 6501 entries" in log_of(tmp_path / "run") and "51 are added" in log_of(tmp_path / "run")
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert len(final.get_input_embeddings().weight) == len(final.lm_head.weight) == final.config.vocab_size == 6501
+    if more:
+        old = load_model(tmp_path / "model").input_embeddings().weight
+        mean = old.double().mean(0).float().expand(51, -1)
+        assert torch.equal(final.get_input_embeddings().weight[:6450], old)
+        torch.testing.assert_close(final.get_input_embeddings().weight[6450:], mean, rtol=0, atol=1e-6)
+    assert chat([str(tmp_path / "run"), "--prompt", "1?", "--max_new_tokens", "2", "--device", "cpu"]) == 0
