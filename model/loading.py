@@ -113,8 +113,10 @@ def fill_from_files(
     for file in weight_files(source, trust):
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
-                if name in tied or name not in missing and COMPUTED.search(name):
+                if name in tied:
                     continue  # some writers save the tied head a second time
+                if name not in missing and COMPUTED.search(name):
+                    continue  # and older ones what the model computes
                 stored, values = missing.pop(name, None), opened.get_slice(name)
                 if stored is None:
                     wrong.append(f"{name} is not part of it")
