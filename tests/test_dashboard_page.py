@@ -300,7 +300,9 @@ def test_the_buttons_are_those_that_the_run_accepts(browser, place):
     place.post("/runs/buttons/stop")
     wait_for_buttons("stop")
     tab.page.get_by_role("button", name="Stop").click()
-    tab.page.get_by_test_id("confirm-stop").click()
+    with tab.page.expect_response(lambda answer: answer.url.endswith("/runs/buttons/stop")) as stopped:
+        tab.page.get_by_test_id("confirm-stop").click()
+    assert stopped.value.status == 202
     write_state(run, "stalled", host="elsewhere", seconds=1.0)
     wait_for_buttons("resume")
     write_state(run, "completed")
