@@ -59,7 +59,9 @@ class DataError(ValueError):
         hidden = f", {len(defects) - self.SHOWN} of them not shown" if len(defects) > self.SHOWN else ""
         place = f"; {file} has all of them" if file else ""
         count = f"{len(defects)} defect{'s' * (len(defects) > 1)} in the data"
-        super().__init__("\n".join([*lines, f"{count}{hidden}{place}"]))
+        too_long = any(defect.code == "OVERLONG" for defect in defects)
+        way = "; --overlong drop or truncate, or a larger --max_seq_len, deals with what is too long" * too_long
+        super().__init__("\n".join([*lines, f"{count}{hidden}{place}{way}"]))
 
 
 class UnsafeDataError(ValueError):

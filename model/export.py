@@ -44,8 +44,8 @@ def export_model(
     `state_dict` replaces the model's own weights (gathered from shards, or averaged). `tokenizer` is a directory, whose
     files are copied as they are, or a loaded tokenizer. `card` is the text of README.md. `generation` is what
     generation_config.json says, by itself the special tokens of the tokenizer and greedy decoding. Of a model with
-    adapters the base with what they add is published, and beside it, in adapter/, they alone; ValueError where its base
-    has changed.
+    adapters the base with what they add is published, and beside it, in adapter/, they alone with the tokenizer;
+    ValueError where its base has changed.
     """
     directory = Path(directory).absolute()
     state_dict = model.state_dict() if state_dict is None else state_dict
@@ -59,6 +59,7 @@ def export_model(
         if model.adapters:
             state_dict = {name: tensor for name, tensor in state_dict.items() if base_name(name) is None}
             write_adapters(draft / "adapter", state_dict, model.adapters.config)
+            _write_tokenizer(tokenizer, draft / "adapter")  # the base's own may have another chat template
             _write_json(draft / "adapter" / GENERATION_CONFIG, generation)
             model, state_dict = _with_adapters(model.adapters, state_dict, dtype)
         if isinstance(model, Decoder):

@@ -132,8 +132,11 @@ def learnt(directory: Path, tokenizer, messages: list, tools: list | None) -> tu
     size = vocabulary_size(tokenizer)
     model = build_model(DecoderConfig(vocab_size=size, max_position_embeddings=4096, **shape), seed=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(40):
-        (sft_objective(model, batch)["ce"] / len(batch["targets"])).backward()
+    for _ in range(400):  # how many it takes is a matter of the processor's roundings
+        loss = sft_objective(model, batch)["ce"] / len(batch["targets"])
+        if loss < 0.002:
+            break
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     generation = generation_config(ModelRequest(), tokenizer, renderer.end_ids, renderer.end_texts)

@@ -73,7 +73,6 @@ def ask(client, model: str, question: str, stream: bool) -> str:
 # --- transformers 4
 
 
-OLD = ["transformers==4.57.1", "tokenizers==0.22.2", "huggingface_hub==0.36.2"]
 READ_BY_OLD = """
 import json, sys, torch, transformers
 from pathlib import Path
@@ -101,14 +100,6 @@ FOREIGN = {
     "olmo2": ("Olmo2", {}),
     "phi3": ("Phi3", {}),
 }
-
-
-@pytest.fixture(scope="module")
-def old_packages(tmp_path_factory) -> Path:
-    """transformers 4 in a directory of its own; torch and the rest are those of this environment."""
-    target = tmp_path_factory.mktemp("transformers4")
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, *OLD], check=True)
-    return target
 
 
 def with_a_list_of_special_tokens(directory: Path):
