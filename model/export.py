@@ -134,9 +134,11 @@ def _write_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerFast", target: 
     config_file = target / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     # transformers 5 writes a class name that 4.57 does not have, a list where that wants an object, and how it was
-    # called itself.
+    # called itself; by itself 4.57 makes a third input that `generate` refuses.
     if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if config["tokenizer_class"] == "PreTrainedTokenizerFast":
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     for name in ("is_local", "local_files_only"):

@@ -347,7 +347,8 @@ def test_a_run_leaves_its_base_alone_and_a_model_with_its_adapters(tmp_path, own
     assert size < (own_base / "model.safetensors").stat().st_size / 5
 
     assert {path.name for path in (run / "final" / "adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "generation_config.json",
+        "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert (run / "best" / "adapter").is_dir()
     card = (run / "final" / "README.md").read_text()

@@ -86,6 +86,7 @@ for directory in sorted(Path(sys.argv[1]).iterdir()):
     assert not any(info.values()), (directory, info)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     ids = tokenizer.apply_chat_template(json.loads(sys.argv[2]), add_generation_prompt=True)
+    model.generate(**tokenizer("Hi", return_tensors="pt"), max_new_tokens=2)  # takes all that the tokenizer makes
     document = load_file(directory / "document.safetensors")["ids"]
     with torch.no_grad():
         logits = model.eval()(input_ids=document[None]).logits[0]
