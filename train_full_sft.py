@@ -58,7 +58,7 @@ from model.choose import (
 from model.compile import compile_layers
 from model.export import export_model
 from model.generate import generate
-from model.generation_config import generation_config
+from model.generation_config import check_base, generation_config
 from model.losses import make_sft_objective
 from model.trust import UnsafeModelError
 from trainer_utils import (
@@ -438,6 +438,7 @@ def run_job(
     tokenizer_source = choose_tokenizer(config.tokenizer, wanted.from_weight)
     tokenizer = load_tokenizer(tokenizer_source, config.chat_template, wanted.trust_in(tokenizer_source))
     config = with_day(config, start, partial(template_day, tokenizer), logger.info)
+    check_base(wanted, tokenizer)
     stages = read_stages(config)
     if objective is None or config.teacher:
         check_terms(stages)

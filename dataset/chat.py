@@ -274,7 +274,10 @@ class ChatRenderer:
             for name in (self._template.unread(request.variables, request.tools) if request.variables else ())
         ]
         if traits.answer and traits.answer.token not in self._tokens.numbers and not rendering.marked:
+            end = traits.answer.token
             notes.append(f"no token closes an answer, the text {traits.answer.mark!r} does")
+            if any(end in str(rendering.messages[turn].get("content")) for turn in trained):
+                notes.append(f"an answer contains {end!r}, at which the trained model stops: another --chat_template")
         for each in missing_from(
             rendering.messages, request.tools, traits, rendering.text, {turn: said for turn in trained},
             lambda messages: self._template.render(messages, request), skip,

@@ -44,8 +44,8 @@ def export_model(
     `state_dict` replaces the model's own weights (gathered from shards, or averaged). `tokenizer` is a directory, whose
     files are copied as they are, or a loaded tokenizer. `card` is the text of README.md. `generation` is what
     generation_config.json says, by itself the special tokens of the tokenizer and greedy decoding. Of a model with
-    adapters the base with what they add is published, and beside it, in adapter/, they alone with the tokenizer;
-    ValueError where its base has changed.
+    adapters the base with what they add is published, and beside it, in adapter/, they alone with the tokenizer.
+    ValueError where their base has changed, and for weights that are beyond `dtype`.
     """
     directory = Path(directory).absolute()
     state_dict = model.state_dict() if state_dict is None else state_dict
@@ -62,6 +62,7 @@ def export_model(
             _write_tokenizer(tokenizer, draft / "adapter")  # the base's own may have another chat template
             _write_json(draft / "adapter" / GENERATION_CONFIG, generation)
             model, state_dict = _with_adapters(model.adapters, state_dict, dtype)
+        _refuse_overflow(state_dict, dtype)
         if isinstance(model, Decoder):
             config = _write_decoder(draft, model.config, state_dict, dtype)
         else:
@@ -82,6 +83,18 @@ def export_model(
         raise OSError(number, reason) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _refuse_overflow(weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    if dtype != torch.float16:  # the others reach as far as float32
+        return
+    for name, weight in weights.items():
+        if weight.isfinite().all() and (beyond := float(weight.abs().max())) > largest:
+            raise ValueError(
+                f"float16 ends at {largest:,.0f}, and {name} has {beyond:,.0f}: --export_dtype bfloat16 or float32; "
+                "`python -m scripts.checkpoints export RUN --dtype bfloat16` makes a model of a checkpoint"
+            )
 
 
 def _with_adapters(

@@ -29,7 +29,7 @@ def export_gguf(options: argparse.Namespace) -> Path:
     from model.decoder import Decoder
     from model.generation_config import stop_ids
     from model.loading import load_model
-    from scripts.gguf_file import STOCK, write_gguf
+    from scripts.gguf_file import STOCK, STOPS, more_stops, write_gguf
 
     directory = exported_directory(options.directory.absolute())
     run = directory.parent if directory.name == "final" else directory
@@ -39,7 +39,11 @@ def export_gguf(options: argparse.Namespace) -> Path:
     model = load_model(directory)
     if not isinstance(model, Decoder):
         raise ValueError(f"{directory} holds {type(model.inner).__name__}, which is not written here; {STOCK}")
-    write_gguf(out, model, load_tokenizer(str(directory)), run.name, options.dtype, stop_ids(directory))
+    tokenizer, stops = load_tokenizer(str(directory)), stop_ids(directory)
+    write_gguf(out, model, tokenizer, run.name, options.dtype, stops)
+    if tokenizer.chat_template and (left := more_stops(tokenizer, stops)[STOPS:]):
+        named = " ".join(tokenizer.convert_ids_to_tokens(left))
+        print(f"the format has no place for these stop tokens: {named}; llama.cpp stops at those it knows by name")
     return out
 
 

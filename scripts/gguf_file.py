@@ -27,6 +27,7 @@ from model.decoder import Decoder, DecoderConfig
 from model.families import family_of
 from model.rope import rotary_frequencies
 
+STOPS = 2  # places of a file for ends of answers besides eos: end of turn, end of message
 DTYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -266,8 +267,13 @@ def _describe_tokenizer(
         if not isinstance(template, str):
             template = [{"name": name, "template": text} for name, text in template.items()]
         writer.add_chat_template(template)
-        end_of_turn = tokenizer.convert_tokens_to_ids(ChatRenderer(tokenizer).end_of_turn)
-        writer.add_eot_token_id(end_of_turn)
-        # The format has one more place; of further ones llama.cpp knows those with usual names by itself.
-        for token in [token for token in stops if token not in (eos, end_of_turn)][:1]:
-            writer.add_eom_token_id(token)
+        for add, token in zip(
+            (writer.add_eot_token_id, writer.add_eom_token_id), more_stops(tokenizer, stops)[:STOPS], strict=False
+        ):
+            add(token)
+
+
+def more_stops(tokenizer: PreTrainedTokenizerFast, stops: Sequence[int]) -> list[int]:
+    """What ends an answer besides eos, the likeliest first: a file has places for STOPS of them."""
+    end_of_turn = tokenizer.convert_tokens_to_ids(ChatRenderer(tokenizer).end_of_turn)
+    return [token for token in dict.fromkeys([end_of_turn, *stops]) if token != tokenizer.eos_token_id]

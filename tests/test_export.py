@@ -293,3 +293,13 @@ def test_another_family_is_exported_for_old_and_new_readers(tmp_path):
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor.bfloat16())
     assert again.config.rope_parameters == {"rope_type": "linear", "rope_theta": 77.0, "factor": 3.0}
+
+
+def test_a_weight_beyond_float16_is_named_instead_of_written_as_infinity(tmp_path):
+    model = tiny(vocab_size=6400)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = 1e5
+    with pytest.raises(ValueError, match="float16 ends at 65,504, and .*down_proj.weight has 100,000: --export_dtype"):
+        export_model(tmp_path / "final", model, TOKENIZER, dtype=torch.float16)
+    assert not (tmp_path / "final").exists()
+    export_model(tmp_path / "final", model, TOKENIZER, dtype=torch.bfloat16)

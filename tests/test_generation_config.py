@@ -14,7 +14,7 @@ from dataset.tokenizer import vocabulary_size
 from model.choose import OWN_TOKENIZER, ModelRequest, load_tokenizer
 from model.decoder import DecoderConfig
 from model.export import export_model
-from model.generation_config import generation_config, stop_ids
+from model.generation_config import check_base, generation_config, stop_ids
 from model.loading import build_model
 from model.losses import sft_objective
 from scripts.chat import main as chat
@@ -186,6 +186,15 @@ def test_a_turn_that_text_closes_ends_there_in_chat_and_in_transformers(tmp_path
     assert tokenizer.decode(new) == f"{ANSWER}\n\n"
 
 
+def test_an_answer_that_holds_what_closes_answers_is_spoken_of():
+    tokenizer = load_tokenizer(str(OWN_TOKENIZER))
+    tokenizer.chat_template = TEXT
+    said = "an answer contains '\\n\\n', at which the trained model stops: another --chat_template"
+    for answer, expected in ((ANSWER, False), (f"{ANSWER}\n\nBye.", True)):
+        messages = [*ANSWERED[:1], {"role": "assistant", "content": answer}]
+        assert (said in ChatRenderer(tokenizer).render(messages).notes) == expected
+
+
 # --- what the file says
 
 
@@ -218,3 +227,48 @@ def test_new_weights_stop_at_the_end_of_a_turn_and_decode_greedily():
     assert said == {
         "do_sample": False, "eos_token_id": 2, "bos_token_id": None, "pad_token_id": 0, "stop_strings": ["\n\n"],
     }  # fmt: skip
+
+
+def test_a_text_to_stop_at_may_stand_alone(tmp_path):
+    tokenizer = load_tokenizer(str(OWN_TOKENIZER))
+    assert config_of(tmp_path, tokenizer, generation_config={"stop_strings": "### Human"})["stop_strings"] == [
+        "### Human"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"pad_token_id": [2]}, r"generation_config.json: pad_token_id must be a token's id, found \[2\]"),
+        ({"eos_token_id": "2"}, "eos_token_id must be a token's id or a list of them, found '2'"),
+        ({"stop_strings": 5}, "stop_strings must be texts, found 5"),
+        ({"stop_strings": ["a", 5]}, "stop_strings must be texts, found"),
+    ],
+)
+def test_what_no_reader_takes_is_refused_before_training(tmp_path, base, said, message):
+    source, data = base(), tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(ROWS[0]) + "\n")
+    (source / "generation_config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=message):
+        check_base(ModelRequest(str(source)), load_tokenizer(str(source)))
+    shapes = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
+    assert train(1, tmp_path / "run", from_weight=str(source), data_path=str(data), **shapes) == [2]
+    assert "must be" in log_of(tmp_path / "run") and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_ids_of_the_base_become_those_of_another_tokenizer(tmp_path, base, caplog):
+    """By its number, </tool_call> of the one is <tool_call> of the other, and answers would stop before their call."""
+    source, other = base(), tmp_path / "other"
+    shutil.copytree(OWN_TOKENIZER, other)
+    backend = json.loads((other / "tokenizer.json").read_text())
+    first, second = backend["added_tokens"][3:5]
+    first["content"], second["content"] = second["content"], first["content"]
+    words = backend["model"]["vocab"]
+    words[first["content"]], words[second["content"]] = first["id"], second["id"]
+    (other / "tokenizer.json").write_text(json.dumps(backend))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [second["id"]]}))
+    tokenizer, request = load_tokenizer(str(other)), ModelRequest(str(source))
+    assert generation_config(request, tokenizer, (), ())["eos_token_id"] == [first["id"], tokenizer.eos_token_id]
+    with caplog.at_level("WARNING"):
+        check_base(request, tokenizer)
+    assert f"2 of the 6400 tokens of {source} are other ones in {other}" in caplog.text

@@ -1,7 +1,11 @@
 """With an exported file llama.cpp computes what the decoder does, cuts text as its tokenizer does, and answers so."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from dataset.demo import held_out_conversations
@@ -226,6 +230,16 @@ def test_llama_cpp_answers_as_we_do(final, capsys):
     assert compare([str(final), str(path), "--limit", "24", "--max_new_tokens", "48"]) == 0
     found = capsys.readouterr().out
     assert found == f"24 of 24 answers and the tokens of {len(TEXTS)} of {len(TEXTS)} texts are the same\n"
+
+
+def test_stop_tokens_without_a_place_are_named(final, tmp_path, capsys):
+    copy = tmp_path / "final"
+    shutil.copytree(final, copy)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, 3, 4, 5]}))
+    assert main(["gguf", str(copy)]) == 0
+    assert "no place for these stop tokens: </tool_call> <tool_response>;" in capsys.readouterr().out
+    fields = GGUFReader(tmp_path / "model-f32.gguf").fields
+    assert [fields[f"tokenizer.ggml.{kind}_token_id"].contents() for kind in ("eos", "eot", "eom")] == [2, 0, 3]
 
 
 def test_another_model_answers_otherwise(final, tokenizer, tmp_path, capsys):
