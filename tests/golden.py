@@ -1,7 +1,8 @@
 """Does this tree compute what another commit did? `python -m tests.golden --against COMMIT`, `--only NAME`.
 
-Every case of CASES is trained twice by both, without a break and resumed from the middle, and what the runs leave
-behind is compared: the bytes of final/, records and states without what a clock or a machine says, config.yaml, --help.
+Every case of CASES is trained twice by both, without a break and resumed from the middle, and by the one until the
+middle and the other to the end. What the runs leave behind is compared: the bytes of final/, records and states without
+what a clock or a machine says, config.yaml, --help.
 The old tree comes from git history. Both lie and train in directories of the same name, so paths in files are equal.
 """
 
@@ -105,8 +106,12 @@ def be_rank(rank: int, world_size: int, port: int, words: list[str]) -> None:
     os._exit(0)
 
 
-def record(out: Path, only: str) -> None:
-    """Train all cases with the tree in sys.path[0], in the current directory; write what came of them."""
+def record(out: Path, only: str, begun: Path) -> None:
+    """Train all cases with the tree in sys.path[0], in the current directory; write what came of them.
+
+    The first tree leaves its runs in `begun` as they are in their middle, the second goes on with them too.
+    """
+    is_first = not begun.is_dir()
     write_material(Path())
     told: dict[str, Any] = {}
     for word in ("train_full_sft.py", "scripts/train_distillation.py"):
@@ -119,17 +124,24 @@ def record(out: Path, only: str) -> None:
     for name, (flags, size) in CASES.items():
         if only not in name:
             continue
-        whole, cut = Path("runs", name.replace(" ", "-")), Path("runs", name.replace(" ", "-") + "-cut")
-        train(words_of(whole, flags), size)
-        told[name] = traces_of(whole)
-        shutil.copytree(whole, cut)
+        run = Path("runs", name.replace(" ", "-"))
+        words = words_of(run, flags)
+        train(words, size)
+        told[name] = traces_of(run)
         for left in ("final", "best"):
-            shutil.rmtree(cut / left, ignore_errors=True)
-        checkpoints = sorted((cut / "checkpoints").glob("step-*"))
+            shutil.rmtree(run / left, ignore_errors=True)
+        checkpoints = sorted((run / "checkpoints").glob("step-*"))
         for later in checkpoints[len(checkpoints) // 2 :]:
             shutil.rmtree(later)
-        train([*words_of(cut, flags), "--from_resume=1"], size)
-        told[f"{name}, resumed"] = traces_of(cut)
+        if is_first:
+            shutil.copytree(run, begun / run.name)
+        train([*words, "--from_resume=1"], size)
+        told[f"{name}, resumed"] = traces_of(run)
+        if not is_first:
+            shutil.rmtree(run)
+            shutil.copytree(begun / run.name, run)
+            train([*words, "--from_resume=1"], size)
+        told[f"{name}, begun by the old tree"] = traces_of(run)
     out.write_text(json.dumps(told, indent=1, sort_keys=True))
 
 
@@ -192,7 +204,7 @@ def main() -> int:
     parser.add_argument("--record", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.record:
-        record(Path(options.record), options.only)
+        record(Path(options.record), options.only, Path(options.record).with_name("begun"))
         return 0
     with tempfile.TemporaryDirectory(prefix="golden-") as scratch:
         tree, work, told = Path(scratch, "tree"), Path(scratch, "work"), {}
