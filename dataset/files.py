@@ -256,6 +256,22 @@ def _table_rows(path: Path, start: bytes) -> Iterator[tuple[int, RawRow]]:
         yield row + 1, RowError("BROKEN_FILE", f"cannot be read from here on: {error}")
 
 
+def columns_of(path: Path) -> list[str]:
+    """The columns of a table, also those that no row has a value in; of any other file none, and of a broken one."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    with contextlib.suppress(pyarrow.ArrowException, OSError, UnicodeDecodeError):
+        with path.open("rb") as file:
+            start = file.read(6)
+        if start.startswith(PARQUET):
+            return list(parquet.read_schema(path).names)
+        if start.startswith((ARROW_FILE, ARROW_STREAM)):
+            opened = ipc.open_file if start.startswith(ARROW_FILE) else ipc.open_stream
+            return list(opened(pyarrow.memory_map(str(path))).schema.names)
+    return []
+
+
 def _unreadable(fields: list[Any], where: str) -> str:
     """What in the columns of a table, or in the parts of one of them, objects of JSON cannot hold."""
     from pyarrow import types
