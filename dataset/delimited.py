@@ -19,9 +19,9 @@ JSON_CELLS = frozenset[str]().union(*(layout.json_cells for layout in LAYOUTS.va
 MESSAGE_CELLS = PAIR.union(*(layout.message_cells for layout in LAYOUTS.values()))
 NAMES_SEPARATOR = re.compile(rb'"?sep=(.)"?\r?\n')  # a first line that Excel understands
 PYTHON_LIST = re.compile(r"\s*(array\()?\[\s*(\{\s*'|array\(|None\b|True\b|False\b|')")
-LIKE_MESSAGES = re.compile(
-    r"""\s*(array\()?\[\s*\{\s*['"](role|content|from|value)['"]\s*:.*(\}\s*\]\)?|dtype=object\))\s*""", re.DOTALL
-)
+OBJECTS = re.compile(r"""\s*(array\()?\[\s*\{\s*['"]""")
+END_OF_OBJECTS = re.compile(r"\}\s*\](\)|, dtype=object\))?\s*\Z")
+SPEAKER = re.compile(r"""['"](role|from)['"]\s*:\s*['"]""")
 
 
 def cell_rows(
@@ -124,13 +124,8 @@ def _json_of(key: str, cell: str) -> Any:
 
 def _messages_of(key: str, cell: str) -> Any:
     """The messages that a cell holds as JSON; any other text as it is, also one that only begins like a list."""
-    if not cell.lstrip().startswith(("[", "array([")):
+    if not (OBJECTS.match(cell) and END_OF_OBJECTS.search(cell[-200:]) and SPEAKER.search(cell)):
         return cell
-    if LIKE_MESSAGES.fullmatch(cell):
-        return _json_of(key, cell)
-    try:
-        found = parse_json(cell)
-    except RowError:
-        return cell
-    messages = isinstance(found, list) and found and all(isinstance(turn, dict) and "role" in turn for turn in found)
-    return found if messages else cell
+    found = _json_of(key, cell)
+    speak = all("role" in turn or {"from", "value"} <= turn.keys() for turn in found if isinstance(turn, dict))
+    return found if speak and isinstance(found, list) else cell

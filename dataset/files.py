@@ -1,9 +1,9 @@
 """Rows out of data files, whatever holds them: JSON lines, a JSON array, JSON objects over several lines, CSV and TSV
 (all of them also gzipped), Parquet, Arrow.
 
-What a file is, its first bytes say; CSV and TSV need their names. A row that
-cannot be read becomes a `RowError` with a stable code instead of an exception, so that one pass over a file reports all
-of them. Arrays and objects over several lines are held in memory whole, all else is read as it comes.
+What a file is, its first bytes say; CSV and TSV need their names. A row that cannot be read becomes a `RowError` with a
+stable code instead of an exception, so that one pass over a file reports all of them. Arrays and objects over several
+lines are held in memory whole, all else is read as it comes.
 """
 
 import codecs
@@ -126,7 +126,8 @@ def _with_line_ends(file: BinaryIO) -> BinaryIO | None:
     if b"\r" not in head or b"\n" in head:
         return None
     whole = head + file.read()
-    return None if b"\n" in whole else io.BytesIO(whole.replace(b"\r", b"\n"))
+    one_row = b"\n" in whole or isinstance(parse_row(whole), dict)  # to JSON a carriage return is a space
+    return None if one_row else io.BytesIO(whole.replace(b"\r", b"\n"))
 
 
 def _form_of(file: BinaryIO, name: str) -> str:

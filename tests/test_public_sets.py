@@ -59,6 +59,7 @@ SETS = {  # name in the table: (row, flags, what it becomes)
         f"system: Help. | {PLAIN}",
     ),
     "UltraChat": ({"id": "0", "data": [ASKED, SAID]}, "", PLAIN),
+    "LIMA": ({"conversations": [ASKED, SAID], "source": "stackexchange"}, "", PLAIN),
     "UltraChat 200k": ({"prompt": ASKED, "prompt_id": "f", "messages": TURNS}, "", PLAIN),
     "Tulu 3": ({"id": "flan_1", "messages": TURNS, "source": "ai2-adapt-dev/flan"}, "", PLAIN),
     "SmolTalk": ({"messages": TURNS, "source": "smol-magpie-ultra"}, "", PLAIN),
@@ -102,6 +103,16 @@ SETS = {  # name in the table: (row, flags, what it becomes)
 }  # fmt: skip
 
 REFUSED = {  # name in the table: (row, code, words of the message)
+    "Capybara": (
+        {"source": "GPT4LLM", "conversation": [{"input": ASKED, "output": SAID}]},
+        "NO_LAYOUT",
+        "'conversation' holds questions and answers as 'input' and 'output'",
+    ),
+    "Nemotron post-training": (
+        {"input": TURNS[:1], "output": SAID, "category": "chat"},
+        "NO_LAYOUT",
+        "'input' holds messages and 'output' what answers them; append",
+    ),
     "Glaive function calling v2": (
         {"system": "SYSTEM: Help.", "chat": "USER: When?\n\n\nASSISTANT: Soon. <|endoftext|>"},
         "NO_LAYOUT",

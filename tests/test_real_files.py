@@ -174,16 +174,17 @@ def quoted(value) -> str:
 
 
 def test_messages_in_the_cells_of_a_prompt_are_json_and_other_text_stays_text(tmp_path):
-    asked, code = json.dumps(turns("Hi")), "[x for x in y]"
+    asked, code, places = json.dumps(turns("Hi")), "[x for x in y]", json.dumps([{"from": "Rome", "to": "Bari"}])
     path = write(
         tmp_path / "rows.csv",
-        f"prompt,completion\n{quoted(asked)},{quoted(asked)}\n{code},[1]\n[],[Verse 1]\n{quoted([{'n': 1}])},b\n",
+        f"prompt,completion\n{quoted(asked)},{quoted(asked)}\n{code},[1]\n[],[Verse 1]\n"
+        f"{quoted([{'n': 1}])},{quoted(places)}\n",
     )
     assert read(path)[0] == [
         (2, {"prompt": turns("Hi"), "completion": turns("Hi")}),
         (3, {"prompt": code, "completion": "[1]"}),
         (4, {"prompt": "[]", "completion": "[Verse 1]"}),
-        (5, {"prompt": "[{'n': 1}]", "completion": "b"}),
+        (5, {"prompt": "[{'n': 1}]", "completion": places}),
     ]
 
 
@@ -232,6 +233,10 @@ def test_carriage_returns_alone_end_lines_too(tmp_path, name):
     content = "a\rü\r2\r" if ".csv" in name else LINES.replace("\n", "\r")
     found, (note,) = read(write(tmp_path / name, content))
     assert [row for _, row in found] == ROWS and "carriage return" in note
+
+
+def test_a_carriage_return_inside_one_object_is_a_space(tmp_path):
+    assert read(write(tmp_path / "rows.jsonl", '{"a": [1,\r2]}')) == ([(1, {"a": [1, 2]})], [])
 
 
 def test_a_first_line_that_names_the_separator_is_obeyed(tmp_path):
