@@ -1,15 +1,17 @@
 """Rows out of data files, whatever holds them: JSON lines, a JSON array, JSON objects over several lines, CSV and TSV
 (all of them also gzipped), Parquet, Arrow.
 
-What a file is, its first bytes say; CSV and TSV need their names, and an array in one line the name `.json`. A row that
-cannot be read becomes a `RowError` with a stable code instead of an exception, so that one pass over a file reports all
-of them. Arrays and objects over several lines are held in memory whole, all else is read as it comes.
+What a file is, its first bytes say; CSV and TSV need their names. A row that cannot be read becomes a `RowError` with a
+stable code instead of an exception, so that one pass over a file reports all of them. Arrays and objects over several
+lines are held in memory whole, all else is read as it comes.
 """
 
 import codecs
 import contextlib
 import gzip
+import io
 import json
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,15 @@ from dataset.delimited import cell_rows
 from dataset.strict_json import RowError, parse_object
 
 MAX_LINE_BYTES = 64 * 1024 * 1024  # what has no line end for so long is a file of another kind
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UTF_16, UTF_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+COMPRESSED = {  # by other means than gzip, told by their first bytes
+    **{b"BZh%d1A" % level: "bzip2" for level in range(1, 10)},
+    b"PK\x03\x04": "zip",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"\x04\x22\x4d\x18": "lz4",
+}
 GZIP, PARQUET, ARROW_FILE, ARROW_STREAM = b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 OF_THE_FILE = ("NO_FILE", "EMPTY_FILE", "BROKEN_FILE", "FILE_CHANGED")  # what they hide nobody can count: never skipped
 
@@ -66,24 +76,35 @@ def _rows_of(path: Path, file: BinaryIO, say: Callable[[str], None]) -> Iterator
     if start.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
         yield from _table_rows(path, start)
         return
+    if kind := next((kind for magic, kind in COMPRESSED.items() if start.startswith(magic)), None):
+        yield 0, RowError("BROKEN_FILE", f"is compressed by {kind}: unpack it, or compress it by gzip")
+        return
     file.seek(0)
-    name = path.name
+    name = path.name.lower()
     if start.startswith(GZIP) or name.endswith(".gz"):
         file = gzip.GzipFile(fileobj=file)  # type: ignore[assignment]
         name = name.removesuffix(".gz")
         start = file.read(6)
-    if start.startswith(UTF_16) or (len(start) > 1 and (start[0] == 0) != (start[1] == 0)):
-        yield 0, RowError("BROKEN_FILE", f"is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8 {path.name} > NEW)")
+    if encoding := _other_encoding(start):
+        command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(path.name)} > NEW"
+        yield 0, RowError("BROKEN_FILE", f"is {encoding}: save it as UTF-8 ({command})")
         return
     begin = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
     if begin:
         say("begins with a byte order mark, which is passed over")
-    form = _form_of(name, file, begin)
+    file.seek(begin)
+    if text := _with_line_ends(file):
+        say("its lines end with a carriage return alone, as old Macs wrote them, which is read as the end of a line")
+        file, begin = text, 0
+    file.seek(begin)
+    form = "cells" if name.endswith((".csv", ".tsv")) else _form_of(file, name)
     file.seek(begin)
     if form == "objects":
         say("its objects stand over several lines each")
         yield from _object_rows(file.read().decode("utf-8"))
     elif form == "array":
+        if not name.endswith(".json"):
+            say("holds one JSON array, whose values are its rows")
         yield from _array_rows(file.read().decode("utf-8"))
     else:
         cells = form == "cells"
@@ -91,21 +112,38 @@ def _rows_of(path: Path, file: BinaryIO, say: Callable[[str], None]) -> Iterator
         yield from _without_blank_end(rows, say)
 
 
-def _form_of(name: str, file: BinaryIO, begin: int) -> str:
-    """cells, array, objects (over several lines each) or lines: what the name and the first bytes speak for."""
-    if name.endswith((".csv", ".tsv")):
-        return "cells"
-    file.seek(begin)
+def _other_encoding(start: bytes) -> str | None:
+    """UTF-16 or UTF-32, where the first bytes have its mark or the zeros that it puts beside each ASCII character."""
+    zeros = [byte == 0 for byte in start[:4]]
+    if start.startswith(UTF_32) or zeros in ([False, True, True, True], [True, True, True, False]):
+        return "UTF-32"
+    return "UTF-16" if start.startswith(UTF_16) or (len(zeros) > 1 and zeros[0] != zeros[1]) else None
+
+
+def _with_line_ends(file: BinaryIO) -> BinaryIO | None:
+    """The rest of a file that has carriage returns and no line feed, with line feeds; it is held in memory whole."""
+    head = file.read(1 << 16)
+    if b"\r" not in head or b"\n" in head:
+        return None
+    whole = head + file.read()
+    one_row = b"\n" in whole or isinstance(parse_row(whole), dict)  # to JSON a carriage return is a space
+    return None if one_row else io.BytesIO(whole.replace(b"\r", b"\n"))
+
+
+def _form_of(file: BinaryIO, name: str) -> str:
+    """array, objects (over several lines each) or lines: what the first bytes speak for."""
     head = b""
     while not head and (more := file.read(1 << 16)):
         head = more.lstrip()
-    if head.startswith(b"[") and name.endswith(".json"):
-        return "array"
     first, _, rest = (part.strip() for part in head.partition(b"\n"))
-    goes_on = first.endswith((b"[", b":")) or rest.startswith((b'"', b"}", b"]", b","))
-    if not rest or not goes_on or not first.startswith((b"{", b"[")) or isinstance(parse_row(first), dict):
+    if first.startswith(b"["):
+        holds_rows = head[1:].lstrip()[:1] in (b"{", b"")
+        is_row = rest and isinstance(found := parse_row(first), RowError) and found.code == "NOT_OBJECT"  # a wrong one
+        return "array" if name.endswith(".json") or (holds_rows and not is_row) else "lines"
+    if not first.startswith(b"{") or not rest or isinstance(parse_row(first), dict):
         return "lines"
-    return "array" if first.startswith(b"[") else "objects"
+    goes_on = first.endswith((b":", b"[")) or rest.startswith((b'"', b"}", b"]", b","))
+    return "objects" if goes_on else "lines"  # a first row that is broken does not hide the others
 
 
 def _json_lines(file: BinaryIO) -> Iterator[tuple[int, RawRow]]:
@@ -197,19 +235,59 @@ def _table_rows(path: Path, start: bytes) -> Iterator[tuple[int, RawRow]]:
     row = 0
     try:
         if start.startswith(PARQUET):
-            tables: Any = parquet.ParquetFile(path).iter_batches(batch_size=1024)
+            file: Any = parquet.ParquetFile(path)
+            schema, tables = file.schema_arrow, file.iter_batches(batch_size=1024)
         elif start.startswith(ARROW_FILE):
-            reader = ipc.open_file(pyarrow.memory_map(str(path)))
-            tables = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            file = ipc.open_file(pyarrow.memory_map(str(path)))
+            schema, tables = file.schema, (file.get_batch(index) for index in range(file.num_record_batches))
         else:
             tables = ipc.open_stream(pyarrow.memory_map(str(path)))
+            schema = tables.schema
+        if unreadable := _unreadable(list(schema), ""):
+            yield 0, RowError("BROKEN_FILE", unreadable)
+            return
         for table in tables:
             table.validate(full=True)  # an offset that lies would read memory that is not the file's
-            for values in table.to_pylist():
+            for values in table.to_pylist(maps_as_pydicts="strict"):
                 row += 1
                 yield row, plain(values)
+    except KeyError as error:
+        yield row + 1, RowError("BROKEN_FILE", f"a map in it has a key twice, here or in the next rows: {error}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         yield row + 1, RowError("BROKEN_FILE", f"cannot be read from here on: {error}")
+
+
+def columns_of(path: Path) -> list[str]:
+    """The columns of a table, also those that no row has a value in; of any other file none, and of a broken one."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    with contextlib.suppress(pyarrow.ArrowException, OSError, UnicodeDecodeError):
+        with path.open("rb") as file:
+            start = file.read(6)
+        if start.startswith(PARQUET):
+            return list(parquet.read_schema(path).names)
+        if start.startswith((ARROW_FILE, ARROW_STREAM)):
+            opened = ipc.open_file if start.startswith(ARROW_FILE) else ipc.open_stream
+            return list(opened(pyarrow.memory_map(str(path))).schema.names)
+    return []
+
+
+def _unreadable(fields: list[Any], where: str) -> str:
+    """What in the columns of a table, or in the parts of one of them, objects of JSON cannot hold."""
+    from pyarrow import types
+
+    names = [field.name for field in fields]
+    if twice := [name for name in names if names.count(name) > 1]:
+        return f"names the column {where + twice[0][:40]!r} twice: rename one of them"
+    for field in fields:
+        kind, name = field.type, where + field.name
+        if types.is_map(kind) and not (types.is_string(kind.key_type) or types.is_large_string(kind.key_type)):
+            return f"the keys of the map {name[:80]!r} are {kind.key_type}, no texts: store the column as JSON text"
+        parts = [kind.item_field] if types.is_map(kind) else [kind.field(at) for at in range(kind.num_fields)]
+        if found := _unreadable(parts, f"{name}."):
+            return found
+    return ""
 
 
 def plain(value: Any) -> Any:

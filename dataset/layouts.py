@@ -67,13 +67,16 @@ class Fields:
 class Layout:
     """`fits` recognises a row of the layout; `turns` gives its messages and tools, or raises RowError.
 
-    `keys` are those of a row that are read; the layout of named fields also reads the fields that were named.
+    `keys` are those of a row that are read; the layout of named fields also reads the fields that were named. A cell of
+    CSV holds JSON under `json_cells`, and text, or messages as JSON, under `message_cells`.
     """
 
     spoken: str
     keys: frozenset[str]
     fits: Callable[[Row], bool]
     turns: Callable[[Row, Fields], tuple[Turns, Any]]
+    json_cells: frozenset[str] = frozenset()
+    message_cells: frozenset[str] = frozenset()
 
 
 def _messages(row: Row, _: Fields) -> tuple[Turns, Any]:
@@ -160,9 +163,10 @@ def _xlam(row: Row, _: Fields) -> tuple[Turns, Any]:
 
 
 def _ultrachat(row: Row, _: Fields) -> tuple[Turns, Any]:
-    """Texts of which the user has the first, the assistant the second, and so on."""
+    """Texts of which the user has the first, the assistant the second, and so on; LIMA calls them conversations."""
     roles = itertools.cycle(("user", "assistant"))
-    return _with_beside(row, [{"role": next(roles), "content": said} for said in _turns(row, "data")])
+    turns = _turns(row, "data" if "data" in row or "conversations" not in row else "conversations")
+    return _with_beside(row, [{"role": next(roles), "content": said} for said in turns])
 
 
 def _prompt(row: Row, _: Fields) -> tuple[Turns, Any]:
@@ -187,18 +191,26 @@ def _fields(row: Row, fields: Fields) -> tuple[Turns, Any]:
 
 
 LAYOUTS = {
-    "messages": Layout("OpenAI messages", BESIDE | {"messages"}, lambda row: "messages" in row, _messages),
+    "messages": Layout(
+        "OpenAI messages",
+        BESIDE | {"messages"},
+        lambda row: "messages" in row,
+        _messages,
+        json_cells=frozenset({"messages", "tools"}),
+    ),
     "sharegpt": Layout(
         "ShareGPT conversations (from, value)",
         BESIDE | {"conversations"},
         lambda row: _speaks_sharegpt(row),
         _sharegpt,
+        json_cells=frozenset({"conversations", "tools"}),
     ),
     "conversations": Layout(
         "MiniMind conversations (role, content)",
         BESIDE | {"conversations"},
-        lambda row: "conversations" in row,
+        lambda row: "conversations" in row and not _are_texts(row["conversations"]),
         _conversations,
+        json_cells=frozenset({"conversations", "tools"}),
     ),
     "alpaca": Layout(
         "Alpaca (instruction, input, output)",
@@ -211,6 +223,7 @@ LAYOUTS = {
         BESIDE | {"prompt", "completion"},
         lambda row: {"prompt", "completion"} <= row.keys(),
         _prompt,
+        message_cells=frozenset({"prompt", "completion"}),
     ),
     "text": Layout(
         "plain text, trained whole", frozenset({"text"}), lambda row: _is_text(row), lambda row, _: ([], None)
@@ -229,12 +242,8 @@ LAYOUTS = {
     ),
     "ultrachat": Layout(
         "UltraChat (texts of user and assistant in turn)",
-        BESIDE | {"data"},
-        lambda row: (
-            isinstance(row.get("data"), list)
-            and row["data"] != []
-            and all(isinstance(said, str) for said in row["data"])
-        ),
+        BESIDE | {"data", "conversations"},
+        lambda row: _are_texts(row.get("data")) or _are_texts(row.get("conversations")),
         _ultrachat,
     ),
     "fields": Layout(
@@ -251,6 +260,11 @@ def _asks_by_input(row: Row) -> bool:
 def _is_text(row: Row) -> bool:
     """Whether the text of a row stands for itself; one of many messages of a tree (OASST) does not."""
     return "text" in row and not ("role" in row and OF_A_TREE & row.keys())
+
+
+def _are_texts(value: Any) -> bool:
+    """Whether a value is a list of texts, at least one."""
+    return isinstance(value, list) and value != [] and all(isinstance(said, str) for said in value)
 
 
 def _speaks_sharegpt(row: Row) -> bool:

@@ -32,7 +32,7 @@ from dataset.strict_json import RowError
 from dataset.tokenise import Outcomes, Tokeniser, available_cores, in_blocks, map_in_order
 from dataset.tokenizer import hash_tokenizer, template_day, vocabulary_size
 
-VERSION = 6  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
+VERSION = 7  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
 POLL_SECONDS = 0.2
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.files import read_rows
-from dataset.hints import no_layout
+from dataset.files import columns_of, read_rows
+from dataset.hints import holds_columns, no_layout, unknown_field
 from dataset.layouts import LAYOUTS, PAIR, PAIR_ADVICE, Fields, is_blank, nested_json, refuse_media, text
 from dataset.messages import Message, as_json, objects, parse_message
 from dataset.strict_json import RowError, kind_of
@@ -25,6 +25,10 @@ FOLLOWS = {  # which roles may come after which; "" is the start of the conversa
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+LABELS = {
+    **dict.fromkeys(("true", "1", "1.0", "yes"), True),
+    **dict.fromkeys(("false", "0", "0.0", "no"), False),
+}  # by which people say whether an answer is wanted
 OWN_VARIABLES = frozenset({  # which a template gets from the row, the tokenizer or transformers
     "messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message",
     "chat_template", "tokenize", "padding", "truncation", "max_length", "strftime_now", "raise_exception", "loop",
@@ -90,8 +94,11 @@ def detect_layout(path: Path, fields: Fields, named: str = "auto") -> str:
 
     Raises DataError, with one defect for all rows, where none of them fits any layout.
     """
-    if named != "auto" or fields.prompt is not None:
-        return "fields" if named == "auto" else named
+    if named == "fields" or (named == "auto" and fields.prompt is not None):
+        _refuse_unknown(path, fields)
+        return "fields"
+    if named != "auto":
+        return named
     votes: Counter[str] = Counter()
     seen: list[dict[str, Any]] = []
     first = 0
@@ -100,10 +107,26 @@ def detect_layout(path: Path, fields: Fields, named: str = "auto") -> str:
             first = first or line
             seen.append(row)
             votes.update(itertools.islice((name for name, layout in LAYOUTS.items() if layout.fits(row)), 1))
-    if seen and not votes:
+    if seen and (not votes or holds_columns(seen)):
         error = no_layout(seen, path)
         raise DataError([Defect(str(path), first, error.code, str(error))])
     return votes.most_common(1)[0][0] if votes else "messages"  # no row could be read
+
+
+def _refuse_unknown(path: Path, fields: Fields) -> None:
+    """Raises DataError for the first of the named fields that no row of the file has."""
+    seen, first = dict.fromkeys(columns_of(path)), 0
+    for line, row in read_rows(path):
+        if isinstance(row, dict):
+            first = first or line
+            seen.update(row)
+            if seen.keys() >= fields.names:
+                return
+    if first:
+        named = [("--prompt_field", name) for name in fields.prompts]
+        named += [("--response_field", fields.response or ""), ("--system_field", fields.system or "")]
+        flag, name = next((flag, name) for flag, name in named if name and name not in seen)
+        raise DataError([Defect(str(path), first, "NO_LAYOUT", f"{flag}: {unknown_field(name, list(seen))}")])
 
 
 def read_conversations(path: Path, fields: Fields, layout: str = "auto") -> Iterator[Conversation | Defect]:
@@ -162,11 +185,26 @@ def _look_beside(row: dict[str, Any], keys: frozenset[str], layout: str, notes: 
         if key in keys or is_blank(value):
             continue
         refuse_media(key, value, "the row")
-        if key == "label" and isinstance(value, bool) and layout != "text":  # of a text it says what that is
-            if not value:
-                raise RowError("UNWANTED", "'label' is false, so the answer is bad: leave such rows or the key out")
+        of_an_answer = {"prompt", "completion"} <= keys or (isinstance(value, bool) and layout != "text")
+        if key == "label" and of_an_answer:  # elsewhere it says what a text is
+            if unwanted(value):
+                raise RowError(
+                    "UNWANTED", f"'label' is {str(value)[:40]!r}, so the answer is bad: leave such rows or the key out"
+                )
             continue
         notes.append(f"the field {key[:40]!r} is not read")
+
+
+def unwanted(label: Any) -> bool:
+    """Whether the label of an answer (KTO) says that it is bad; raises RowError for one that may mean anything."""
+    said = str(label).strip().lower() if isinstance(label, (str, bool, int, float)) else ""
+    if said not in LABELS:
+        raise RowError(
+            "BAD_TYPE",
+            f"'label' is {str(label)[:40]!r}, which does not say whether the answer is wanted: write true or false, or "
+            "give the key another name",
+        )
+    return not LABELS[said]
 
 
 def _variables(row: dict[str, Any]) -> dict[str, Any]:

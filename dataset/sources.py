@@ -18,6 +18,11 @@ from dataset.reader import UnsafeDataError
 PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 SUFFIXES = (*PLAIN, *(f"{suffix}.gz" for suffix in PLAIN), ".parquet", ".arrow")
 ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+PACKED = (".bz2", ".xz", ".zst", ".zip", ".7z", ".lz4", ".tar", ".tgz", ".rar")  # which the reader does not open
+COMPANIONS = re.compile(  # what lies beside data and that nobody takes for data
+    r"(readme|licen[cs]e|citation|changelog|notice)\b.*|.*\.(png|jpe?g|gif|webp|svg|lock|md)", re.IGNORECASE
+)
+NAMED = 5  # files that a note names
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<split>[\w+-]+))?")
 
 
@@ -34,15 +39,22 @@ def find_sources(
 ) -> list[Source]:  # fmt: skip
     """The files that the words of a flag name, in their order; ValueError for a word that names none.
 
-    `say` hears which files with the name of a data file are none.
+    `say` hears which files with the name of a data file are none, and which files of a directory are not read.
     """
-    sources = []
+    sources: list[Source] = []
+    named: dict[str, tuple[str, float]] = {}  # of each file the first word that names it, and its weight
     for word in [data_path] if os.path.exists(data_path) else data_path.split(","):
         if not word.strip():
             raise ValueError(f"{flag} {data_path!r}: there is an empty name in it")
         try:
             name, weight = _weight_of(word.strip())
-            sources += [Source(path, weight) for path in _files_of(name, say)]
+            for path in _files_of(name, say):
+                before, other = named.setdefault(os.path.realpath(path), (word.strip(), weight))
+                if other != weight:
+                    raise ValueError(
+                        f"gives {path} the weight {weight:g}, and {before!r} gives it {other:g}: name each file once"
+                    )
+                sources.append(Source(path, weight))
         except ValueError as error:
             kind = UnsafeDataError if isinstance(error, UnsafeDataError) else ValueError
             raise kind(f"{flag} {word.strip()}: {error}") from error
@@ -72,7 +84,7 @@ def _files_of(name: str, say: Callable[[str], None]) -> list[Path]:
         return found
     if re.search(r"@.*\[.*\]$", name):
         raise ValueError("a slice of a split cannot be read; take the split, and --file_fraction or --val_fraction")
-    if not name.endswith(SUFFIXES) and (hub := HUB_ID.fullmatch(name)):
+    if not _is_data(name) and (hub := HUB_ID.fullmatch(name)):
         return _files_from_hub(**hub.groupdict())
     return [path]  # the reader says what is wrong with it
 
@@ -88,11 +100,43 @@ def _files_in(directory: Path, say: Callable[[str], None]) -> list[Path]:
         if outside := [name for name in names if name in ("", "..") or name != Path(str(name)).name]:
             raise UnsafeDataError(f"its state.json names {outside[0]!r}, which is no file in it")
         return [directory / name for name in names]
-    found = sorted(path for path in directory.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    found, others = [], []
+    for path in sorted(directory.rglob("*")):
+        (found if _is_data(path.name) and path.is_file() else others).append(path)
+    unread = _unread(others, directory)
     found = _without_others(found, directory, say)
     if not found:
-        raise ValueError(f"no file in it ends with {', '.join(SUFFIXES)}")
+        raise ValueError(f"no file in it ends with {', '.join(SUFFIXES)}{f'; not read: {unread}' if unread else ''}")
+    if unread:
+        say(f"{directory}: not read: {unread}")
     return found
+
+
+def _is_data(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _unread(paths: list[Path], directory: Path) -> str:
+    """Which of the other things in a directory may be data to somebody, and why they are not read."""
+    linked, packed, others = [], [], []
+    for path in paths:
+        name = str(path.relative_to(directory))
+        if any(part.startswith(".") for part in path.relative_to(directory).parts) or COMPANIONS.fullmatch(path.name):
+            continue
+        if path.is_symlink() and not path.is_file():
+            linked.append(name)
+        elif path.is_file():
+            (packed if name.lower().endswith(PACKED) else others).append(name)
+    reasons = (
+        (packed, "compressed: unpack them, or compress them by gzip"),
+        (linked, "links, which are not followed: name where they lead to"),
+        (others, "other files"),
+    )
+    return "; ".join(f"{_few(names)} ({reason})" for names, reason in reasons if names)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _without_others(found: list[Path], place: str | Path, say: Callable[[str], None]) -> list[Path]:
@@ -106,8 +150,7 @@ def _without_others(found: list[Path], place: str | Path, say: Callable[[str], N
         or (depth and any(part.startswith(".") for part in path.parts[depth:]))
     ]
     if others:
-        names = ", ".join(str(Path(*path.parts[depth:])) for path in others[:5])
-        say(f"{place}: no data, passed over: {names}{f' and {len(others) - 5} more' if len(others) > 5 else ''}")
+        say(f"{place}: no data, passed over: {_few([str(Path(*path.parts[depth:])) for path in others])}")
     return [path for path in found if path not in others]
 
 

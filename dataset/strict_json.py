@@ -20,20 +20,20 @@ def parse_object(text: str) -> dict[str, Any]:
     row = parse_json(text)
     if not isinstance(row, dict):
         raise RowError("NOT_OBJECT", f"each line must hold one JSON object, this one holds {kind_of(row)}")
-    if "\\u" in text:
-        try:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError("UTF8", "an escape spells half of a surrogate pair, which is no character") from error
     return row
 
 
 def parse_json(text: str) -> Any:
-    """Strict JSON: no key twice, no NaN; raises RowError."""
+    """Strict JSON: no key twice, no NaN, no half of a surrogate pair; raises RowError."""
     try:
-        return _DECODER.decode(text)
+        value = _DECODER.decode(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except RowError:
         raise
+    except UnicodeEncodeError as error:
+        raise RowError("UTF8", "an escape spells half of a surrogate pair, which is no character") from error
     except json.JSONDecodeError as error:
         raise RowError("JSON_SYNTAX", f"{error.msg} at column {error.colno}") from error
     except RecursionError as error:

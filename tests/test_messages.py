@@ -99,7 +99,8 @@ def test_what_is_not_read_is_noted_by_its_key():
     [
         ("alpaca", {"instruction": "a", "input": "", "output": "b", "text": "whole"}, ["text"]),
         ("prompt", {"prompt": "a", "completion": "b", "label": True, "score": 1}, ["score"]),
-        ("prompt", {"prompt": "a", "completion": "b", "label": "good"}, ["label"]),
+        ("alpaca", {"instruction": "a", "output": "b", "label": 0}, ["label"]),
+        ("alpaca", {"instruction": "a", "output": "b", "label": "no"}, ["label"]),
         ("text", {"text": "a", "label": False, "system": "s", "chat_template_kwargs": {"a": 1}},
          ["label", "system", "chat_template_kwargs"]),
         ("fields", {"q": "a", "r": "b", "context": "c", "label": True, "chat_template_kwargs": {"a": 1}}, ["context"]),
@@ -233,3 +234,18 @@ def test_a_refusal_says_what_to_do():
     )
     assert "known are system, user, assistant, tool, developer" in refusal(says("human", "a"), turns[1])
     assert "write it as 'tool_calls'" in refusal(turns[0], says("assistant", "b", function_call={"name": "look"}))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tools": '[{"name": "\\ud83d"}]'},
+        {"chat_template_kwargs": '{"a": "\\udfff"}'},
+        {"tool_calls": [{"name": "f", "arguments": '{"a": "\\ud800"}'}]},
+    ],
+)
+def test_half_a_surrogate_pair_in_nested_json_is_one_bad_row(beside):
+    calls = {"tool_calls": beside.pop("tool_calls")} if "tool_calls" in beside else {}
+    with pytest.raises(RowError, match="surrogate") as error:
+        parse(says("user", "a"), {**says("assistant", "b"), **calls}, **beside)
+    assert error.value.code == "UTF8"

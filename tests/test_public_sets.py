@@ -59,6 +59,7 @@ SETS = {  # name in the table: (row, flags, what it becomes)
         f"system: Help. | {PLAIN}",
     ),
     "UltraChat": ({"id": "0", "data": [ASKED, SAID]}, "", PLAIN),
+    "LIMA": ({"conversations": [ASKED, SAID], "source": "stackexchange"}, "", PLAIN),
     "UltraChat 200k": ({"prompt": ASKED, "prompt_id": "f", "messages": TURNS}, "", PLAIN),
     "Tulu 3": ({"id": "flan_1", "messages": TURNS, "source": "ai2-adapt-dev/flan"}, "", PLAIN),
     "SmolTalk": ({"messages": TURNS, "source": "smol-magpie-ultra"}, "", PLAIN),
@@ -102,6 +103,16 @@ SETS = {  # name in the table: (row, flags, what it becomes)
 }  # fmt: skip
 
 REFUSED = {  # name in the table: (row, code, words of the message)
+    "Capybara": (
+        {"source": "GPT4LLM", "conversation": [{"input": ASKED, "output": SAID}]},
+        "NO_LAYOUT",
+        "'conversation' holds questions and answers as 'input' and 'output'",
+    ),
+    "Nemotron post-training": (
+        {"input": TURNS[:1], "output": SAID, "category": "chat"},
+        "NO_LAYOUT",
+        "'input' holds messages and 'output' what answers them; append",
+    ),
     "Glaive function calling v2": (
         {"system": "SYSTEM: Help.", "chat": "USER: When?\n\n\nASSISTANT: Soon. <|endoftext|>"},
         "NO_LAYOUT",
@@ -221,14 +232,14 @@ def test_several_fields_make_one_prompt(tmp_path):
     found = list(read_conversations(write(tmp_path, *rows, {"instruction": "a", "response": "b"}), fields))
     assert [each.messages[0]["content"] for each in found] == ["a\nc", "a", "a"]
     assert [each.notes for each in found] == [(), (), ("the prompt is without the field 'context'",)]
-    (found,) = read_conversations(write(tmp_path, {"response": "b"}), fields)
-    assert isinstance(found, Defect) and found.code == "MISSING_FIELD"
+    lone, whole = read_conversations(write(tmp_path, {"response": "b"}, rows[0]), fields)
+    assert isinstance(lone, Defect) and lone.code == "MISSING_FIELD" and isinstance(whole, Conversation)
     for wrong in ("a,", ",a", "a,,b", " "):
         with pytest.raises(ValueError, match="empty name"):
             Fields(wrong, "response")
 
 
-@pytest.mark.parametrize("key", ["data", "train"])
+@pytest.mark.parametrize("key", ["data", "train", 'it\'s "$HOME"'])
 def test_a_file_whose_rows_stand_under_a_key_says_how_to_unwrap_them(tmp_path, key, monkeypatch):
     import subprocess
     import sys
@@ -260,3 +271,82 @@ def test_the_hint_takes_context_and_a_lone_row_with_tools_for_what_they_are(tmp_
     row = {"question": "a", "context": "c", "answer": "b", "steps": [{"a": 1}]}
     (found,) = read_conversations(write(tmp_path, row), Fields())
     assert "--prompt_field question,context --response_field answer reads them" in found.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (Fields("instruction,inptu", "output"), "--prompt_field: no row has 'inptu', .*: 'input' may be meant"),
+        (Fields("Instruction", "output"), "--prompt_field: no row has 'Instruction', .*: 'instruction' may be meant"),
+        (Fields("instruction", "answer"), "--response_field: no row has 'answer', the rows have"),
+        (Fields("instruction", "output", "sistem"), "--system_field: no row has 'sistem', .*: 'system' may be meant"),
+    ],
+)
+def test_a_field_that_no_row_has_is_refused_once_with_the_nearest(tmp_path, fields, message):
+    row = {"instruction": "a", "input": "", "output": "b", "system": "s"}
+    (found,) = read_conversations(write(tmp_path, row, row), fields)
+    assert isinstance(found, Defect) and (found.line, found.code) == (1, "NO_LAYOUT")
+    assert re.match(message, found.message)
+
+
+def test_a_field_that_comes_late_or_is_an_empty_column_is_there(tmp_path):
+    from pyarrow import Table, parquet
+
+    fields, row = Fields("q,context", "a"), {"q": "1", "a": "2"}
+    found = list(read_conversations(write(tmp_path, *[row] * 150, {**row, "context": "c"}), fields))
+    assert [each.messages[0]["content"] for each in found[-2:]] == ["1", "1\nc"]
+    parquet.write_table(Table.from_pylist([{**row, "context": None}]), tmp_path / "rows.parquet")
+    (only,) = read_conversations(tmp_path / "rows.parquet", fields)
+    assert isinstance(only, Conversation)
+
+
+@pytest.mark.parametrize("label", [False, 0, 0.0, "0", "no", "No", "FALSE ", "false"])
+def test_answers_that_a_label_calls_bad_are_refused_in_every_spelling(tmp_path, label):
+    row = {"prompt": "a", "completion": "b", "label": label}
+    for fields in (Fields(), Fields("prompt", "completion")):
+        (found,) = read_conversations(write(tmp_path, row), fields)
+        assert isinstance(found, Defect) and found.code == "UNWANTED" and repr(str(label)) in found.message
+
+
+@pytest.mark.parametrize("label", [True, 1, 1.0, "1", "yes", "True", " TRUE"])
+def test_answers_that_a_label_calls_good_are_trained(tmp_path, label):
+    (found,) = read_conversations(write(tmp_path, {"prompt": "a", "completion": "b", "label": label}), Fields())
+    assert isinstance(found, Conversation) and found.notes == ()
+
+
+@pytest.mark.parametrize("label", [2, -1, 0.5, "good", "n", [1], {"a": 1}])
+def test_a_label_of_an_answer_that_may_mean_anything_is_refused(tmp_path, label):
+    (found,) = read_conversations(write(tmp_path, {"prompt": "a", "completion": "b", "label": label}), Fields())
+    assert isinstance(found, Defect) and found.code == "BAD_TYPE" and repr(str(label)) in found.message
+
+
+def test_lima_is_read_as_texts_in_turn(tmp_path):
+    (found,) = read_conversations(write(tmp_path, {"conversations": ["q", "a"], "source": "x"}), Fields())
+    assert isinstance(found, Conversation) and found.notes == ("the field 'source' is not read",)
+    assert found.messages == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        (
+            "rows.csv",
+            "Instruction,Input,Output\na,b,c\n",
+            "--prompt_field Instruction,Input --response_field Output reads",
+        ),
+        (
+            "rows.jsonl",
+            {"input": [{"role": "user", "content": "q"}], "output": "a"},
+            "'output' what answers them; append",
+        ),
+        ("rows.jsonl", {"conversation": [{"input": "q", "output": "a"}], "source": "x"}, "questions and answers as"),
+        ("rows.jsonl", {"steps": [{"a": 1}], "n": 1}, "name the fields of the question and the answer by"),
+        ("rows.json", {"instruction": ["a", "b"], "output": ["c", "d"]}, "one object of columns"),
+        ("rows.json", {"instruction": {"0": "a"}, "output": {"0": "b"}}, "one object of columns"),
+    ],
+)
+def test_rows_of_other_forms_hear_what_to_do(tmp_path, name, row, message):
+    (tmp_path / name).write_text(row if isinstance(row, str) else json.dumps(row) + "\n")
+    (found,) = read_conversations(tmp_path / name, Fields())
+    assert isinstance(found, Defect) and found.code == "NO_LAYOUT"
+    assert message in found.message and "unwrap" not in found.message

@@ -203,6 +203,7 @@ def test_the_layout_is_found_behind_bad_first_rows(tmp_path):
     path.write_bytes(b"{\n[]\n" + chat(user(), assistant(), key="conversations") + b"\n")
     assert detect_layout(path, Fields()) == "conversations"
     assert [getattr(item, "code", "") for item in read(path)] == ["JSON_SYNTAX", "NOT_OBJECT", ""]
+    path.write_bytes(b"{\n[]\n" + chat(user(), assistant(), key="conversations", question="q", answer="a") + b"\n")
     assert detect_layout(path, COLUMNS) == "fields"
 
 

@@ -57,6 +57,45 @@ def test_what_is_about_data_or_hidden_is_passed_over_and_said_once(tmp_path, mon
     assert [s.path.name for s in find_sources("d/config.json")] == ["config.json"]  # who names it wants it
 
 
+def test_a_directory_says_what_of_it_is_not_read_and_why(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("d/a.jsonl", "d/b.JSONL", "d/c.json.GZ", "elsewhere/e.jsonl"):
+        write(Path(name), 1)
+    for name in ("r.jsonl.bz2", "s.JSONL.ZST", "t.txt", "u.py", "README.md", "LICENSE", "plot.png", ".gitattributes"):
+        (Path("d") / name).write_text("x")
+    Path("d/linked").symlink_to(Path("elsewhere").absolute())
+    said: list[str] = []
+    assert [s.path.name for s in find_sources("d", say=said.append)] == ["a.jsonl", "b.JSONL", "c.json.GZ"]
+    assert said == [
+        "d: not read: r.jsonl.bz2, s.JSONL.ZST (compressed: unpack them, or compress them by gzip); "
+        "linked (links, which are not followed: name where they lead to); t.txt, u.py (other files)"
+    ]
+    for number in range(6):
+        (Path("d") / f"v{number}.txt").write_text("x")
+    find_sources("d", say=said.append)
+    assert said[-1].endswith("; t.txt, u.py, v0.txt, v1.txt, v2.txt and 3 more (other files)")
+    for path in ("a.jsonl", "b.JSONL", "c.json.GZ"):
+        (Path("d") / path).unlink()
+    with pytest.raises(ValueError, match=r"no file in it ends with .*; not read: r\.jsonl\.bz2, .* \(compressed"):
+        find_sources("d")
+
+
+@pytest.mark.parametrize(
+    ("words", "first", "second"),
+    [
+        ("d/a.jsonl:2,d/a.jsonl:0.5", "'d/a.jsonl:2' gives it 2", "d/a.jsonl the weight 0.5"),
+        ("d,d/a.jsonl:3", "'d' gives it 1", "d/a.jsonl the weight 3"),
+        ("linked.jsonl,d/*.jsonl:2", "'linked.jsonl' gives it 1", "d/a.jsonl the weight 2"),
+    ],
+)
+def test_two_weights_of_one_file_are_refused(tmp_path, monkeypatch, words, first, second):
+    monkeypatch.chdir(tmp_path)
+    Path("linked.jsonl").symlink_to(write(tmp_path / "d/a.jsonl", 1))
+    with pytest.raises(ValueError, match=f"{second}, and {re.escape(first)}: name each file once"):
+        find_sources(words)
+    assert len(find_sources("d:2,d/a.jsonl:2")) == 2
+
+
 def test_a_hidden_directory_may_be_named(tmp_path):
     write(tmp_path / ".data/a.jsonl", 1)
     assert [s.path.name for s in find_sources(str(tmp_path / ".data"))] == ["a.jsonl"]
