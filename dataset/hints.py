@@ -44,12 +44,13 @@ def holds_columns(rows: list[Row]) -> bool:
     return all(isinstance(value, dict) and value and value.keys() == values[0].keys() for value in values)
 
 
-def unknown_field(name: str, names: list[str]) -> str:
-    """That no row has a field, and which one may be meant."""
+def unknown_field(name: str, names: list[str]) -> tuple[str, bool]:
+    """That no row has a field, and which one may be meant; whether there is such a one."""
     lower = {each.lower(): each for each in names}
     near = difflib.get_close_matches(name.lower(), lower, 1)
     found = ", ".join(repr(each[:40]) for each in names[:12]) or "no key at all"
-    return f"no row has {name!r}, the rows have {found}{f': {lower[near[0]]!r} may be meant' if near else ''}"
+    meant = f": {lower[near[0]]!r} may be meant" if near else ""
+    return f"no row has {name!r}, the rows have {found}{meant}", bool(near)
 
 
 def _way_out(rows: list[Row], names: list[str], path: Path) -> str:

@@ -114,7 +114,10 @@ def detect_layout(path: Path, fields: Fields, named: str = "auto") -> str:
 
 
 def _refuse_unknown(path: Path, fields: Fields) -> None:
-    """Raises DataError for the first of the named fields that no row of the file has."""
+    """Raises DataError for the first of the named fields that no row of the file has.
+
+    One of several parts of a prompt may be absent from a file, unless a field of nearly its name is there.
+    """
     seen, first = dict.fromkeys(columns_of(path)), 0
     for line, row in read_rows(path):
         if isinstance(row, dict):
@@ -125,8 +128,12 @@ def _refuse_unknown(path: Path, fields: Fields) -> None:
     if first:
         named = [("--prompt_field", name) for name in fields.prompts]
         named += [("--response_field", fields.response or ""), ("--system_field", fields.system or "")]
-        flag, name = next((flag, name) for flag, name in named if name and name not in seen)
-        raise DataError([Defect(str(path), first, "NO_LAYOUT", f"{flag}: {unknown_field(name, list(seen))}")])
+        some = any(name in seen for name in fields.prompts)
+        for flag, name in named:
+            if name and name not in seen:
+                told, is_near = unknown_field(name, [each for each in seen if each not in fields.names])
+                if is_near or flag != "--prompt_field" or not some:
+                    raise DataError([Defect(str(path), first, "NO_LAYOUT", f"{flag}: {told}")])
 
 
 def read_conversations(path: Path, fields: Fields, layout: str = "auto") -> Iterator[Conversation | Defect]:

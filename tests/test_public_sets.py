@@ -289,6 +289,12 @@ def test_a_field_that_no_row_has_is_refused_once_with_the_nearest(tmp_path, fiel
     assert re.match(message, found.message)
 
 
+def test_a_part_of_the_prompt_that_a_file_lacks_is_only_noted(tmp_path):
+    """Files of one run may differ in that, and nothing there has a name like it."""
+    (found,) = read_conversations(write(tmp_path, {"q": "1", "a": "2", "id": 3}), Fields("q,context", "a"))
+    assert "the prompt is without the field 'context'" in found.notes
+
+
 def test_a_field_that_comes_late_or_is_an_empty_column_is_there(tmp_path):
     from pyarrow import Table, parquet
 
