@@ -90,7 +90,7 @@ def test_the_core_stays_small_enough_to_read():
     assert max(lengths.values()) <= 450
     written = {name: lines_of_code(text) for name, text in texts.items()}
     watching = sum(written.pop(name) for name in WATCHING)
-    assert sum(written.values()) <= 9500, written
+    assert sum(written.values()) <= 9750, written
     assert watching <= 1600, watching
     assert lines_of_code('"""A\n\nB."""\n# c\n\nx = """\n"""  # d\n') == 2
 
