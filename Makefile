@@ -12,7 +12,7 @@ mutants: ; .venv/bin/python -m tests.faults.mutants
 # templates and vocabularies of real models, from the source package of llama-cpp-python (77 MB, once)
 LLAMA := .cache/llama-cpp-python-0.3.36
 templates: $(LLAMA)/templates
-	.venv/bin/python -m scripts.templates_table --templates $(LLAMA)
+	.venv/bin/python -m scripts.templates --templates $(LLAMA)
 $(LLAMA)/templates:
 	mkdir -p $(LLAMA)
 	.venv/bin/pip download -q --no-deps --no-binary :all: -d $(LLAMA) llama-cpp-python==0.3.36

@@ -8,9 +8,9 @@ loop alone normalises and backpropagates, so a new loss is a new objective and n
 import os
 from pathlib import Path
 
-from training.arguments import config_from_command_line
-from training.config import SHAPE_FLAGS, Config
-from training.lock import EXIT_INTERRUPTED, exit_on_ctrl_c, lock_or_exit, lock_run
+from training.config.command_line import config_from_command_line
+from training.config.config import SHAPE_FLAGS, Config, compute_dtype
+from training.control.lock import exit_on_ctrl_c, lock_or_exit, lock_run
 
 if __name__ == "__main__":  # before torch is imported, so that --help, a wrong flag, a taken directory need no waiting
     CTRL_C = exit_on_ctrl_c()
@@ -18,32 +18,29 @@ if __name__ == "__main__":  # before torch is imported, so that --help, a wrong 
     if os.environ.get("RANK", "0") == "0" and not CONFIG.dry_run:
         LOCK = lock_or_exit(Path(CONFIG.save_dir))
 
-import contextlib
 import itertools
 import logging
 import math
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.chat import ChatRenderer, show
 from dataset.ledger import report_lines
-from dataset.load import DataRequest, RunData, batches_of, fetch_windows, load_rows, make_loader, write_rejects
-from dataset.prepare import DataOptions
-from dataset.questions import Question, questions_of
-from dataset.reader import DataError, UnsafeDataError
-from dataset.rows import FILLER, PackedRows, collate, longest_row
+from dataset.load import write_rejects
+from dataset.loader import fetch_windows, make_loader
+from dataset.questions import questions_of
+from dataset.rows import FILLER, collate
 from dataset.tokenizer import template_day, vocabulary_size
-from model.card import model_card
-from model.choose import (
+from model.build import (
     ModelRequest,
     check_positions,
     choose_model,
@@ -53,105 +50,71 @@ from model.choose import (
     load_tokenizer,
     shape_of,
     sizes_of,
-    template_hint,
 )
+from model.card import model_card
 from model.compile import compile_layers
 from model.export import export_model
-from model.generate import generate
 from model.generation_config import check_base, generation_config
-from model.losses import make_sft_objective
-from model.trust import UnsafeModelError
+from model.language_model import Batch, Objective
+from model.losses import Weights, loss_of, make_sft_objective
 from trainer_utils import (
-    Checkpointer,
-    Processes,
     RowSampler,
     SkipBatchSampler,
     Strategy,
     clip_gradients,
     close_processes,
     environment_rank,
-    find_checkpoint,
     gradient_sync,
     in_order_batches,
     is_lost_peer,
-    load_checkpoint,
     local_part,
     parallelize,
-    read_tensors,
     reshard,
     seed_everything,
     start_processes,
-    unwrap,
 )
-from training.checkpoints import (
-    CheckpointError,
-    CheckpointStore,
-    UnsafeCheckpointError,
+from training.checkpoints.checkpointer import (
+    Checkpointer,
+    find_checkpoint,
     has_shards,
+    load_checkpoint,
     open_shards,
+    read_tensors,
     read_trainer_state,
-    verify,
-    weights_to_export,
 )
-from training.control import EARLY, LOST_PEER, PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
-from training.doctor import check_start
-from training.ema import Ema
-from training.environment import write_descriptions
-from training.fit import most_rows, rows_that_fit, settle, wants_fit
-from training.identity import identity_of
-from training.meeting import meet
-from training.observe import duration
-from training.optimizers import make_optimizer
-from training.plan import Plan, describe_stages, make_plan, micro_batches_per_step, resolve, rows_per_step
-from training.policies import Policies
-from training.process import (
-    choose_device,
-    device_name_of,
-    end_process,
-    is_ours,
-    out_of_memory,
-    peak_memory_bytes,
-    setup_logging,
-    to_device,
-    use_deterministic_kernels,
-)
-from training.records import Meter, RunRecords, StateFile
-from training.report import reported
-from training.sinks import sink_makers
-from training.stages import Stage, check_terms, idle_flags, read_stages, weighs
-from training.start import Start, begin, decide_start, has_begun, refuse_changes, refuse_to_clear, with_day
-from training.state import LoopState, NonFiniteError
-from training.sums import Sums, add_to, evaluation_means, token_means
-from training.watchdog import EXIT_HANG, FIRST_FACTOR, Watchdog
+from training.checkpoints.manifest import verify
+from training.checkpoints.store import CheckpointStore
+from training.config.stages import check_terms, idle_flags, read_stages, weighs
+from training.control.exit_codes import exit_code_of
+from training.control.meeting import meet
+from training.control.process import end_process, exit_code_after, out_of_memory, setup_logging
+from training.control.requests import EARLY, LOST_PEER, PREEMPTED, ControlFile, SignalFlags, Stopped, Wishes
+from training.control.watchdog import EXIT_HANG, FIRST_FACTOR, Watchdog
+from training.device import choose_device, device_name_of, peak_memory_bytes, to_device, use_deterministic_kernels
+from training.diagnosis.alerts import AlertBook
+from training.diagnosis.machine import check_start
+from training.diagnosis.report import ReportEvery, reported
+from training.records.descriptions import write_descriptions
+from training.records.run_log import Meter, RunRecords, StateFile
+from training.records.sinks import sink_makers
+from training.run.batch_size import find_rows, settle, wants_fit
+from training.run.data import load_data
+from training.run.directory import Start, begin, decide_start, has_begun, refuse_changes, refuse_to_clear, with_day
+from training.run.dry_run import rehearse
+from training.run.ema import Ema
+from training.run.evaluation import Evaluation
+from training.run.export import export_results
+from training.run.learner import Learner
+from training.run.non_finite import judge_norm
+from training.run.optimizers import make_optimizer
+from training.run.resume import identity_of
+from training.schedule.plan import Plan, describe_stages, make_plan, micro_batches_per_step, resolve, rows_per_step
+from training.schedule.policies import Policies
+from training.schedule.sums import Sums, add_to, token_means
+from training.schedule.train_state import LoopState, NonFiniteError
+from training.text import duration
 
 logger = logging.getLogger("train")
-
-Batch = dict[str, Any]
-Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
-Weights = dict[str, float]
-
-REFUSED = dict.fromkeys((UnsafeDataError, UnsafeModelError, UnsafeCheckpointError), 77)  # first: each is one of these
-EXIT_CODES = {**REFUSED, DataError: 65, ValueError: 2, CheckpointError: 74, OSError: 74, NonFiniteError: 70}
-EXIT_BUG, EXIT_PREEMPTED = 70, 75
-
-
-@dataclass
-class Learner:
-    """What learns, and how: the parts that one update touches."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    objective: Objective
-    processes: Processes
-    dtype: torch.dtype
-    grad_clip: float
-    seed: int
-    measure: Objective  # what validation sums; the plain cross entropy, whatever is trained on
-    beat: Callable[..., None] = lambda step_done=False: None  # tells the watchdog that this process gets on
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 @dataclass
@@ -200,19 +163,6 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm, losses
-
-
-def loss_of(terms: dict[str, Tensor], weights: Weights) -> Tensor:
-    """What is learnt from: the terms that have a gradient, each as often as its weight says or once.
-
-    Raises ValueError for a weight of a term that the objective does not have.
-    """
-    if unknown := weights.keys() - terms.keys():
-        known = [name for name, term in terms.items() if term.requires_grad]
-        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {', '.join(known)}")
-    learnt = {name: term for name, term in terms.items() if term.requires_grad}
-    weighed = {name: term for name, term in learnt.items() if weights.get(name, 1.0)} or learnt
-    return sum(weights.get(name, 1.0) * term for name, term in weighed.items())  # type: ignore[return-value]
 
 
 def train_epoch(
@@ -284,111 +234,6 @@ def finish_step(
     state.unfinished = False
 
 
-def judge_norm(
-    learner: Learner, norm: float, losses: list[Tensor], window: list[Batch], state: LoopState, records: RunRecords,
-    rows: PackedRows,
-) -> None:  # fmt: skip
-    """Count and report a step whose gradient was not finite; raises NonFiniteError when there are too many."""
-    if math.isfinite(norm):
-        state.non_finite_in_a_row = 0
-        return
-    guilty = [batch for batch, loss in zip(window, losses, strict=True) if not loss.isfinite()]
-    found = learner.processes.any(bool(guilty))
-    if learner.scaler.is_enabled() and not found and learner.scaler.get_scale() >= 1.0:
-        state.overflows += 1  # routine in fp16: the losses are fine, the scale was too high and has just been halved
-        return
-    # Where all losses are finite, the backward pass has overflowed, and nobody can tell for which rank's samples.
-    ids = [i for batch in (guilty if found else window) for i in batch["sample_ids"] if i != FILLER]
-    samples, rank = [rows.store.where(i) for i in ids], learner.processes.rank
-    if samples:
-        message = "step %d: gradient norm %s, weights left alone; samples of rank %d: %s"
-        logger.warning(message, state.step, norm, rank, ", ".join(samples))
-    records.event(state.step, "non_finite_gradient", samples=samples)
-    state.count_non_finite()
-
-
-@torch.no_grad()
-def validate(
-    learner: Learner, loaders: dict[str, DataLoader], wishes: Wishes, prefix: str = "eval"
-) -> dict[str, float]:
-    """Means over every supervised token of the held-out data: summed over ranks first, divided once.
-
-    Each source has a loader; where there are several, each has its own means besides those over all. Raises Stopped
-    when a stop is wished, on all ranks at the same batch.
-    """
-    model, sums = unwrap(learner.model), {name: Sums() for name in ("", *loaders)}
-    model.eval()
-    for source, loader in loaders.items():
-        for batch in batches_of(loader):
-            wishes.stop_if_wished(learner.processes.sum_ints(wishes.look()))
-            batch = to_device(batch, learner.processes.device)
-            with learner.autocast():
-                terms = learner.measure(model, batch)
-            counts = {"supervised": len(batch["targets"]), "tokens": batch["num_tokens"]}
-            add_to((sums[""], sums[source]), terms, **counts)
-            learner.beat()
-    model.train()
-    results = evaluation_means(sums[""].total(learner.processes.sum_ints), prefix)
-    for source in loaders if len(loaders) > 1 else ():
-        results |= evaluation_means(sums[source].total(learner.processes.sum_ints), f"{prefix}/{source}")
-    return results
-
-
-@dataclass
-class Evaluation:
-    """Validation, of the moving averages too, and answers to held-out questions; every rank must call it."""
-
-    learner: Learner
-    loaders: dict[str, DataLoader]  # by source; without any, nothing is evaluated
-    questions: list[Question]
-    questions_interval: int  # in evaluations
-    tokenizer: Any
-    ema: Ema | None
-    state: LoopState
-    records: RunRecords
-
-    @torch.no_grad()
-    def names(self, filler: Batch) -> list[str]:
-        """The names of what it will give, before anything is trained; `filler` is a batch that counts for nothing."""
-        if not self.loaders:
-            return []
-        model, sources = self.learner.model, list(self.loaders) if len(self.loaders) > 1 else []
-        with self.learner.autocast():
-            terms = self.learner.measure(unwrap(model), filler)
-        reshard(model)
-        prefixes = ["eval", *(["eval/ema"] if self.ema else [])]
-        prefixes += [f"{prefix}/{source}" for prefix in prefixes for source in sources]
-        names = [name for prefix in prefixes for name in evaluation_means(dict.fromkeys(terms, 0), prefix)]
-        return [*names, *(["eval/exact_match"] if self.questions else [])]
-
-    def __call__(self, wishes: Wishes) -> dict[str, float]:
-        if not self.loaders:
-            return {}
-        results = validate(self.learner, self.loaders, wishes)
-        if self.ema:
-            with self.ema.in_place():
-                results |= validate(self.learner, self.loaders, wishes, "eval/ema")
-        if self.questions and self.state.evaluations % self.questions_interval == 0:
-            results |= self.answers()
-        self.state.evaluations += 1
-        self.records.log_eval(self.state, results)
-        return results
-
-    def answers(self) -> dict[str, float]:
-        """Answer greedily, each rank its share of the questions; returns the share of exact answers."""
-        processes, exact = self.learner.processes, 0
-        for question in self.questions[processes.rank :: processes.world_size]:
-            room, ends = len(question.expected) + 8, {question.end}
-            model = unwrap(self.learner.model)
-            (answer,) = generate(model, [question.prompt], max_new_tokens=room, eos_token_ids=ends)
-            exact += answer == question.expected
-            texts = self.tokenizer.batch_decode([question.prompt, question.expected, answer])
-            said = dict(zip(("prompt", "expected", "answer"), texts, strict=True))
-            self.records.event(self.state.step, "sample", **said, exact=answer == question.expected)
-            self.learner.beat()
-        return {"eval/exact_match": processes.sum_ints([exact])[0] / len(self.questions)}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The job
 
@@ -458,8 +303,7 @@ def run_job(
     processes.agree_on("how the run starts", start)
     if config.deterministic:
         use_deterministic_kernels()
-    in_half = device.type == "cuda" or config.param_dtype == "bfloat16"
-    dtype_name = config.dtype if config.dtype != "auto" else "bfloat16" if in_half else "float32"
+    dtype_name = compute_dtype(config.dtype, config.param_dtype, on_gpu=device.type == "cuda")
     dtype = getattr(torch, dtype_name)
 
     # 3. Model
@@ -558,7 +402,9 @@ def run_job(
     per_weight = 4.0 if wanted.lora else 6.0  # frozen ones have no gradient to compute
     device_name = device_name_of(device)
     flops = (per_weight * body, per_weight * head)
-    records = RunRecords(save_dir, processes.is_main, flops, config, device_name, world_size)
+    alerts = AlertBook(save_dir / "alerts.jsonl", config.grad_clip, stops=config.on_alert == "stop")
+    sinks = [ReportEvery(save_dir, config.plot_interval)] if processes.is_main and config.plot_interval else []
+    records = RunRecords(save_dir, processes.is_main, flops, device_name, world_size, alerts, sinks)
     questions = questions_of(data.held_out, config.eval_samples) if data.held_out and config.eval_samples else []
     every = config.eval_samples_interval
     evaluation = Evaluation(learner, held_out, questions, every, tokenizer, ema, state, records)
@@ -569,7 +415,9 @@ def run_job(
         logger.info("%s", line)
     if config.dry_run:
         sample = show(*data.train.store.tokens(0), tokenizer)
-        return rehearse(learner, loader, begin_epoch(state.epoch), plan, sample, report_lines(data.report["train"]))
+        return rehearse(
+            learner, loader, begin_epoch(state.epoch), plan, sample, report_lines(data.report["train"]), train_step
+        )
 
     # 7. Records
     resolved = resolve(
@@ -610,7 +458,7 @@ def run_job(
     with records.running(state, plan), SignalFlags() as signals:
         control = ControlFile(save_dir / "control.json") if processes.is_main else None
         stop_at = config.max_hours and started + 3600 * config.max_hours
-        wishes = Wishes(signals, control, stop_at, lambda: policies.stopped, records.alerts.wants_stop)
+        wishes = Wishes(signals, control, stop_at, lambda: policies.stopped, alerts.wants_stop)
         evaluate = partial(evaluation, wishes)
         hooks = Hooks(save, evaluate, adapt, checkpointer.finish, checkpointer.has_failed)
         with watchdog:
@@ -658,85 +506,9 @@ def run_job(
     return {"status": status, "step": state.step, **records.last_eval}
 
 
-def find_rows(learner: Learner, config: Config, stages: list[Stage], data: RunData) -> int:
-    """The rows of a micro-batch for which a forward and a backward pass find memory on every rank."""
-    processes, model = learner.processes, unwrap(learner.model)  # nothing is exchanged: each rank tries by itself
-    longest = longest_row(max(stage.config.max_seq_len for stage in stages), int(data.train.store.lengths.max()))
-
-    def loss_of_rows(rows: int) -> Tensor:
-        with learner.autocast():
-            return loss_of(learner.objective(model, to_device(collate([longest] * rows), processes.device)), {})
-
-    most = most_rows(stages, data.train.rows_of(0), processes.world_size)
-    return processes.least(rows_that_fit(loss_of_rows, model, most, config, processes.device))
-
-
-def export_results(config: Config, store: CheckpointStore, last_step: int, export: Callable[..., None]) -> None:
-    """Write best/ and final/ from their checkpoints; `export(directory, state_dict, dtype)`."""
-    best = store.best(store.manifests())[:1] if config.keep_best else []
-    for name, step in (*(("best", step) for step in best), ("final", last_step)):  # the last one says: done
-        weights = weights_to_export(store.path(step), averaged=config.export_ema)
-        export(Path(config.save_dir) / name, state_dict=weights, dtype=getattr(torch, config.export_dtype))
-
-
-def load_data(config: Config, stages: list[Stage], tokenizer: Any, **how: Any) -> RunData:
-    """The data of a run and its stages; `how` goes to dataset.load.load_rows."""
-    requests = [
-        (DataRequest(**each.config.data_request, options=DataOptions(**each.config.data_options)), each.epochs)
-        for each in stages
-    ]
-    with template_hint():
-        return load_rows(requests[0][0], tokenizer, stages=requests, **how)
-
-
-def rehearse(
-    learner: Learner, loader: DataLoader, micro_batches: int, plan: Plan, sample: str, ledger: Iterable[str]
-) -> dict[str, Any]:
-    """--dry_run: show a sample and the ledger, and train two steps that nobody keeps to tell what a run will need."""
-    logger.info("\nthe first sample, supervised tokens in colour:\n%s\n\n%s", sample, "\n".join(ledger))
-    processes, seconds = learner.processes, math.nan
-    for step, (window, problem) in enumerate(itertools.islice(fetch_windows(loader, micro_batches), 2), start=1):
-        if problem:
-            raise problem
-        (supervised,) = processes.sum_ints([sum(len(batch["targets"]) for batch in window)])
-        started = time.perf_counter()
-        train_step(learner, window, step, 0.0, plan.loss_weights(step), supervised, LoopState())
-        seconds = time.perf_counter() - started
-    logger.info(
-        "\n%d epochs, the first of %d steps, %d steps in all (of %d rows, %d micro-batches per rank, in the first "
-        "stage), about %.2f s each: %s in all; "
-        "peak memory so far %.2f GiB per process. Nothing was saved.",
-        plan.epochs, plan.steps_of(0), plan.total_steps, plan.window_rows(0), micro_batches, seconds,
-        duration(seconds * plan.total_steps), peak_memory_bytes(processes.device) / 2**30,
-    )  # fmt: skip
-    close_processes(processes)
-    return {"status": "completed", "step": 0}
-
-
-def exit_code_of(error: Exception) -> int:
-    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), EXIT_BUG)
-
-
 def main(config: Config, run_it: Callable[[Config], dict[str, Any]] | None = None) -> int:
-    """Run and turn what went wrong into one message and an exit code that says what kind of thing it was."""
-    try:
-        summary = (run_it or run)(config)
-    except KeyboardInterrupt:
-        logger.error("stopped by Ctrl-C before the first step")
-        return EXIT_INTERRUPTED
-    except Exception as error:
-        if is_lost_peer(error):
-            logger.error("stopped: %s", LOST_PEER)
-        elif message := out_of_memory(error):
-            logger.error("error: %s", message)
-        elif isinstance(error, tuple(EXIT_CODES)):
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            # What a library raised under a name that we use for what the user can mend may be a fault of ours.
-            logger.error("error: %s", error if environment_rank()[0] == 0 else first_line, exc_info=not is_ours(error))
-        else:
-            logger.exception("stopped by an error")
-        return exit_code_of(error)
-    return EXIT_PREEMPTED if summary["status"] == "preempted" else 0
+    """Run, and turn what went wrong into one message and an exit code that says what kind of thing it was."""
+    return exit_code_after(lambda: (run_it or run)(config))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.control_tokens import ControlTokens, RenderedChat, Sample, mapped, refuse_escaped, strings_in
 from dataset.cuts import cut
-from dataset.reader import Conversation, Message, UnsafeDataError
-from dataset.strict_json import RowError
+from dataset.errors import RowError, UnsafeDataError
+from dataset.reader import Conversation, Message
 from dataset.template import ChatTemplate, Rendering, Request, Tools
 from dataset.traits import Traits, find_traits
 from dataset.vanished import NEVER_TRAINED, missing_from

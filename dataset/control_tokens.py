@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from dataset.strict_json import RowError
+from dataset.errors import RowError
 
 PRIVATE_USE = range(0xF0000, 0x10FFFE)  # planes 15 and 16: they mean nothing, so a template has no opinion on them
 NO_CHARACTER = "\U0010fffe"  # Unicode's promise: in no text. The names of control tokens have it

@@ -6,7 +6,7 @@ The traits of the template say what of the prompt belongs to the answer, and wha
 
 from collections.abc import Sequence
 
-from dataset.strict_json import RowError
+from dataset.errors import RowError
 from dataset.template import Prefix, Rendering
 from dataset.traits import Traits
 

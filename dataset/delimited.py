@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from dataset.layouts import LAYOUTS, PAIR
-from dataset.strict_json import RowError, parse_json
+from dataset.errors import RowError
+from dataset.formats import LAYOUTS, PAIR
+from dataset.strict_json import parse_json
 
 LONGEST = 64 * 1024 * 1024  # characters of a cell, bytes of a line: a quote that nobody closes ends here
 SPOKEN = {";": "';'", "\t": "tabs"}

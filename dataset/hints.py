@@ -5,8 +5,8 @@ import json
 import shlex
 from pathlib import Path
 
-from dataset.layouts import LAYOUTS, OF_A_TREE, PAIR, PAIR_ADVICE, Row
-from dataset.strict_json import RowError
+from dataset.errors import RowError
+from dataset.formats import LAYOUTS, OF_A_TREE, PAIR, PAIR_ADVICE, Row
 
 QUESTIONS = ("instruction", "question", "query", "problem", "prompt", "input", "inputs", "user")
 ANSWERS = ("response", "output", "solution", "answer", "answers", "completion", "target", "targets", "reply")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dataset.control_tokens import Sample
-from dataset.reader import Defect
+from dataset.errors import Defect
 from dataset.rows import PackedRows
 
 MOST_NOTES = 100  # of a file, each with its count; keys that differ from row to row would give millions

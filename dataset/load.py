@@ -1,29 +1,26 @@
 """From the data flags of a run to its packed rows: the one call that the trainer makes."""
 
 import hashlib
-import itertools
 import json
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerFast
 
-from dataset.augment import SystemPrompts
 from dataset.demo import write_demo
-from dataset.draw import DrawnRows, EpochDraw, StagedDraw
+from dataset.epoch_rows import DrawnRows, EpochDraw, StagedDraw
+from dataset.errors import DataError
 from dataset.ledger import report_of
 from dataset.packing import plan_rows
-from dataset.prepare import DataOptions, prepare, shuffled, split
-from dataset.reader import DataError
-from dataset.rows import PackedRows, collate
+from dataset.prepare import DataOptions, prepare
+from dataset.rows import PackedRows
+from dataset.shuffle import shuffled, split
 from dataset.sources import Source, find_sources
 from dataset.store import JoinedStore
+from dataset.system_prompts import SystemPrompts
 from dataset.tokenizer import hash_tokenizer
 
 DEMO = "demo"
@@ -216,52 +213,6 @@ def write_rejects(path: Path, rejects: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects), encoding="utf-8")
     return path
-
-
-def make_loader(
-    rows: PackedRows, batches: Sampler[list[int]], *, num_workers: int, prefetch_factor: int, persistent_workers: bool,
-    pin_memory: bool,
-) -> DataLoader:  # fmt: skip
-    """Batches of rows; workers and pinned memory change their speed, never their content or order."""
-    workers = {"prefetch_factor": prefetch_factor, "persistent_workers": persistent_workers} if num_workers else {}
-    return DataLoader(
-        rows,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory and torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_parent,
-        **workers,
-    )
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-
-
-def batches_of(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The batches of a loader, whose workers start here and never hear a signal, not even in their first moments."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    """A stop signal often goes to the whole process group; the batches of the last step are still needed then."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-def fetch_windows(loader: DataLoader, micro_batches: int) -> Iterator[tuple[list[dict[str, Any]], Exception | None]]:
-    """The micro-batches of one step at a time, or what went wrong: all ranks hear of it before one of them raises."""
-    try:
-        batches = batches_of(loader)
-        while window := list(itertools.islice(batches, micro_batches)):
-            yield window, None
-    except Exception as problem:
-        yield [], problem
 
 
 def _short_enough(

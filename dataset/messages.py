@@ -6,8 +6,9 @@ What a template could not use is moved to where it can, or refused, or noted: no
 import json
 from typing import Any
 
-from dataset.layouts import MARKS, MEDIA, is_blank, nested_json, refuse_media, text
-from dataset.strict_json import RowError, kind_of
+from dataset.errors import RowError
+from dataset.formats import MARKS, MEDIA, is_blank, nested_json, refuse_media, text
+from dataset.strict_json import kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
 PLAIN = frozenset({"role", "content", "reasoning_content", "name", "tool_call_id", "tool_calls"})

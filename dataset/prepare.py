@@ -21,15 +21,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from dataset import store
-from dataset.augment import SystemPrompts
 from dataset.chat import TRAIN_ON, ChatRenderer
 from dataset.control_tokens import Sample
-from dataset.files import OF_THE_FILE, read_raw_rows
-from dataset.layouts import LAYOUTS, Fields
+from dataset.encode import Outcomes, Tokeniser, available_cores, in_blocks, map_in_order
+from dataset.errors import DataError, Defect, RowError
+from dataset.formats import LAYOUTS, Fields
 from dataset.ledger import Ledger, spoken
-from dataset.reader import BAD_ROWS, OVERLONG, SYSTEM_AS, VANISHED, DataError, Defect, detect_layout
-from dataset.strict_json import RowError
-from dataset.tokenise import Outcomes, Tokeniser, available_cores, in_blocks, map_in_order
+from dataset.raw_rows import OF_THE_FILE, read_raw_rows
+from dataset.reader import BAD_ROWS, OVERLONG, SYSTEM_AS, VANISHED, detect_layout
+from dataset.system_prompts import SystemPrompts
 from dataset.tokenizer import hash_tokenizer, template_day, vocabulary_size
 
 VERSION = 7  # of all code that decides the tokens of a store: a change of it makes every cached store a stranger
@@ -109,47 +109,6 @@ def prepare(
         for line in spoken(found.report):
             echo(f"{path}: {line}")
     return found
-
-
-def split(conversations: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ascending sample numbers for training and for validation, at least one of each.
-
-    Samples with the same number in `conversations` (samples,) stay together, so that what is held out is not trained
-    under another line. A hash of that number and the seed decides the side; it knows neither line nor file.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"val_fraction={fraction} must lie between 0 and 1")
-    distinct, group_of, sizes = np.unique(conversations.astype(np.uint64), return_inverse=True, return_counts=True)
-    if len(distinct) < 2:
-        raise ValueError(f"val_fraction={fraction} cannot split {len(distinct)} conversation")
-    order = np.argsort(_mix(distinct + _start(f"split {seed}")), kind="stable")
-    wanted, chosen = max(1, round(len(conversations) * fraction)), []
-    for group in order.tolist():
-        if wanted <= 0:
-            break
-        if sizes[group] <= wanted:  # a conversation that stands there more often is trained
-            wanted -= sizes[group]
-            chosen.append(group)
-    chosen = (chosen or [int(np.argmin(sizes))])[: len(distinct) - 1]
-    held_out = np.isin(group_of, chosen)
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def shuffled(count: int, key: str) -> np.ndarray:
-    """The numbers below `count` in an order that the key alone decides."""
-    return np.argsort(_mix(np.arange(count, dtype=np.uint64) + _start(key)), kind="stable")
-
-
-def _start(key: str) -> np.uint64:
-    return np.uint64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
-
-
-def _mix(numbers: np.ndarray) -> np.ndarray:
-    """Scatters uint64 numbers as splitmix64 does (Steele, Lea and Flood, 2014)."""
-    x = numbers * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _is_day(text: str) -> bool:

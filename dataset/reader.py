@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.files import columns_of, read_rows
+from dataset.errors import DataError, Defect, RowError
+from dataset.formats import LAYOUTS, PAIR, PAIR_ADVICE, Fields, is_blank, nested_json, refuse_media, text
 from dataset.hints import holds_columns, no_layout, unknown_field
-from dataset.layouts import LAYOUTS, PAIR, PAIR_ADVICE, Fields, is_blank, nested_json, refuse_media, text
 from dataset.messages import Message, as_json, objects, parse_message
-from dataset.strict_json import RowError, kind_of
+from dataset.raw_rows import columns_of, read_rows
+from dataset.strict_json import kind_of
 
 OVERLONG = ("error", "drop", "truncate")  # what may become of a sample that is longer than a row
 BAD_ROWS = ("error", "skip")  # and of a row that cannot be trained
@@ -34,42 +35,6 @@ OWN_VARIABLES = frozenset({  # which a template gets from the row, the tokenizer
     "chat_template", "tokenize", "padding", "truncation", "max_length", "strftime_now", "raise_exception", "loop",
     "range", "namespace", "dict", "joiner", "cycler", "lipsum", "additional_special_tokens",
 })  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Defect:
-    """A row that was refused; line counts from 1, and 0 speaks of the whole file."""
-
-    path: str
-    line: int
-    code: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.code} {self.message}"
-
-
-class DataError(ValueError):
-    """The data cannot be trained as asked; shows the first twenty defects that stand in the way, and where all are.
-
-    `every` also holds the rows that the options leave out.
-    """
-
-    SHOWN = 20
-
-    def __init__(self, defects: list[Defect], file: Path | None = None, every: list[Defect] | None = None):
-        self.defects, self.every = defects, every or defects
-        lines = [str(defect) for defect in defects[: self.SHOWN]]
-        hidden = f", {len(defects) - self.SHOWN} of them not shown" if len(defects) > self.SHOWN else ""
-        place = f"; {file} has all of them" if file else ""
-        count = f"{len(defects)} defect{'s' * (len(defects) > 1)} in the data"
-        too_long = any(defect.code == "OVERLONG" for defect in defects)
-        way = "; --overlong drop or truncate, or a larger --max_seq_len, deals with what is too long" * too_long
-        super().__init__("\n".join([*lines, f"{count}{hidden}{place}{way}"]))
-
-
-class UnsafeDataError(ValueError):
-    """A chat template that leaves its sandbox or its limits, or a list of files that reaches outside its directory."""
 
 
 @dataclass(frozen=True)

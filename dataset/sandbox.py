@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from dataset.reader import UnsafeDataError
+from dataset.errors import UnsafeDataError
 
 SECONDS = 5.0  # of computing that one rendering of a template may take
 MEMORY = 1 << 30  # bytes that it may add to what the process has

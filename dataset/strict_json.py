@@ -4,16 +4,7 @@ import json
 import math
 from typing import Any, NoReturn
 
-
-class RowError(ValueError):
-    """One row cannot be trained; `code` is the stable word that reports and tests go by."""
-
-    def __init__(self, code: str, message: str):
-        super().__init__(message)
-        self.code = code
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RowError, (self.code, str(self))
+from dataset.errors import RowError
 
 
 def parse_object(text: str) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerFast
 # Two private functions: public ones copy every message. The version of transformers is pinned, and a test compares.
 from transformers.utils.chat_template_utils import _alias_reasoning_fields, _compile_jinja_template
 
-from dataset.reader import Message, UnsafeDataError
+from dataset.errors import RowError, UnsafeDataError
+from dataset.reader import Message
 from dataset.sandbox import limits
-from dataset.strict_json import RowError
 
 SECONDS_OF_A_ROW = 30.0
 EDITS = re.compile(r"""\.replace\(|\|\s*replace|['"]</?['"]\s*[~+]""")

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from dataset.errors import RowError
 from dataset.reader import Message
-from dataset.strict_json import RowError
 from dataset.template import PROBE, ChatTemplate, Form, Request, common_prefix
 
 USER, ANSWER = (message["content"] for message in PROBE)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dataset.control_tokens import strings_in
+from dataset.errors import RowError
 from dataset.reader import Message
-from dataset.strict_json import RowError
 from dataset.traits import Traits
 
 CHANGE = "Wolpertinger"  # put into a text to see whether the rendering changes

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.input_embeddings import LanguageModel
+from model.language_model import LanguageModel
 
 
 def compile_layers(model: LanguageModel) -> None:

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import document_attention
-from model.input_embeddings import Head, LanguageModel
+from model.language_model import Head, LanguageModel
 from model.losses import Terms, supervised_terms
 from model.moe import TERM_WEIGHTS, Mixture, router_terms
 from model.norm import RMSNorm
-from model.parts import PartOf, block, projection, recompute_in_backward, unset, whole
+from model.partial_weights import PartOf, block, projection, recompute_in_backward, unset, whole
 from model.rope import rotary_angles, rotate, scaling_problems
 
 # (q (T, heads, head_dim), k (T, kv_heads, head_dim), v like k) -> (T, heads, head_dim) in the type of v. A layer does

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.input_embeddings import LanguageModel, Objective, on_embeddings
+from model.language_model import LanguageModel, Objective
 from model.losses import check_smoothing, make_sft_objective, sft_terms, wide
+from model.regularisers import on_embeddings
 
 SAMPLED_WEIGHTS = 4096  # of each tensor, for the fingerprint
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from model.decoder import Decoder, DecoderConfig
 from model.families import config_json, unstacked
-from model.foreign import HFCausalLM
 from model.generation_config import GENERATION_CONFIG, SPECIAL
 from model.lora import Adapters, base_name, merge, write_adapters
+from model.transformers_model import HFCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

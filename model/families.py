@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.decoder import DecoderConfig
-from model.parts import Inside
+from model.partial_weights import Inside
 from model.rope import scaling_in
 
 # architecture -> model_type, and what its config.json must say where LlamaConfig's defaults are not its own.

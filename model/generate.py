@@ -12,8 +12,8 @@ from torch import Tensor
 
 from model.attention import document_attention
 from model.decoder import Attend, Decoder
-from model.foreign import HFCausalLM
 from model.isolation import APART, its_own_attention
+from model.transformers_model import HFCausalLM
 
 
 @dataclass(frozen=True)

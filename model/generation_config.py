@@ -10,7 +10,7 @@ from model.trust import NO_TRUST, Trust, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from model.choose import ModelRequest
+    from model.build import ModelRequest
 
 logger = logging.getLogger(__name__)
 GENERATION_CONFIG = "generation_config.json"

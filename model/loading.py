@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from model.decoder import Decoder, DecoderConfig
 from model.families import decoder_config, in_files, is_builtin
-from model.foreign import COMPUTED, HFCausalLM
 from model.isolation import check_isolation
 from model.lora import base_name
-from model.parts import Inside, PartOf, overlap, whole
+from model.partial_weights import Inside, PartOf, overlap, whole
 from model.quantised import TRAINABLE, refuse_quantised
 from model.reach import freeze_unreached
+from model.transformers_model import COMPUTED, HFCausalLM
 from model.trust import NO_TRUST, Trust, read_object, refuse_unsafe_weights
 from model.vocabulary import grow, mean_row, vocabulary_tensors
 

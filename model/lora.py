@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.parts import PartOf, block, whole
+from model.partial_weights import PartOf, block, whole
 
 logger = logging.getLogger("train")
 

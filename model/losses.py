@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.input_embeddings import Head, Objective, on_embeddings
+from model.language_model import Head, Objective
+from model.regularisers import on_embeddings
+
+Weights = dict[str, float]
 
 # (logits (s, V), slice of the batch's targets that they belong to) -> sums over those s positions.
 Terms = Callable[[Tensor, slice], dict[str, Tensor]]
@@ -55,7 +58,7 @@ def make_sft_objective(
     """An objective returning {"ce": summed token losses in nats, "correct": count of tokens ranked first, no gradient}.
 
     The cross entropy is computed in float32 (float64 for a float64 model), also under autocast. `z` adds "z", the
-    squared logsumexp of the logits (PaLM, Chowdhery et al. 2022); for the other two see model/input_embeddings.py.
+    squared logsumexp of the logits (PaLM, Chowdhery et al. 2022); for the other two see model/regularisers.py.
     """
     check_smoothing(label_smoothing)
 
@@ -72,3 +75,16 @@ def check_smoothing(label_smoothing: float) -> None:
 
 
 sft_objective = make_sft_objective()
+
+
+def loss_of(terms: dict[str, Tensor], weights: Weights) -> Tensor:
+    """What is learnt from: the terms that have a gradient, each as often as its weight says or once.
+
+    Raises ValueError for a weight of a term that the objective does not have.
+    """
+    if unknown := weights.keys() - terms.keys():
+        known = [name for name, term in terms.items() if term.requires_grad]
+        raise ValueError(f"--loss_weights {', '.join(unknown)}: the terms of this objective are {', '.join(known)}")
+    learnt = {name: term for name, term in terms.items() if term.requires_grad}
+    weighed = {name: term for name, term in learnt.items() if weights.get(name, 1.0)} or learnt
+    return sum(weights.get(name, 1.0) * term for name, term in weighed.items())  # type: ignore[return-value]

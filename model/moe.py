@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.parts import projection
+from model.partial_weights import projection
 
 TERM_WEIGHTS = {"aux": 0.01, "router_z": 0.0}  # of `router_terms` where a user says nothing
 LARGEST_BLOCK = 128  # rows; smaller ones cost speed, larger ones multiply more zeros

@@ -21,6 +21,8 @@ SHARD = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
 class UnsafeModelError(ValueError):
     """Weights or a tokenizer that would run code, or reach outside their directory."""
 
+    exit_code = 77
+
 
 @dataclass(frozen=True)
 class Trust:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.input_embeddings import LanguageModel
+from model.language_model import LanguageModel
 
 MEAN_ROWS = 4096  # of a table that are added up at once, always the same so that the mean is
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dataset.reader import SYSTEM_AS
-from scripts.evaluate import chat_tokenizer, day_of_run, exit_code_of, positive
+from scripts.evaluate import chat_tokenizer, day_of_run, positive
+from training.control.exit_codes import exit_code_of
 
 COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character while its last ones are missing
@@ -96,9 +97,9 @@ class Talk:
 
     def answer(self, text: str, interruptible: bool) -> None:
         """Write the answer as it comes and remember it. Raises ValueError where the context has no room for one."""
-        from dataset.augment import system_as_user
         from dataset.reader import Conversation
-        from model.choose import known_positions
+        from dataset.system_prompts import system_as_user
+        from model.build import known_positions
         from model.generate import generate_stream
 
         asked = [*self.messages, {"role": "user", "content": text}]
@@ -140,11 +141,11 @@ def load(options: argparse.Namespace) -> Talk:
     """Raises ValueError that says what is wrong with a flag or with the directory."""
     from dataset.chat import ChatRenderer
     from dataset.tokenizer import template_day
-    from model.choose import exported_directory
+    from model.build import exported_directory
     from model.generate import Sampling
     from model.loading import load_model
     from model.trust import Trust
-    from training.process import choose_device
+    from training.device import choose_device
 
     for text in filter(None, [options.system, *(options.prompt or [])]):
         if any("\ud800" <= character <= "\udfff" for character in text):

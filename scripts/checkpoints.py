@@ -15,22 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.evaluate import exit_code_of, positive
+from scripts.evaluate import positive
 from scripts.inspect_data import natural
-from training.checkpoints import (
-    MANIFEST,
-    CheckpointError,
-    CheckpointStore,
-    UnsafeCheckpointError,
-    has_shards,
-    open_shards,
-    read_manifest,
-    read_trainer_state,
-    verify,
-    weights_to_export,
-)
-from training.config import SHAPE_FLAGS, Config, lora_of
-from training.lock import lock_run
+from training.checkpoints.checkpointer import has_shards, open_shards, read_trainer_state, weights_to_export
+from training.checkpoints.manifest import MANIFEST, CheckpointError, UnsafeCheckpointError, read_manifest, verify
+from training.checkpoints.store import CheckpointStore
+from training.config.config import SHAPE_FLAGS, Config, lora_of
+from training.control.exit_codes import exit_code_of
+from training.control.lock import lock_run
 
 ASIDE = "aside-"
 VERSION = re.compile(r"(aside-(\d+-)?)?step-\d{8,}")
@@ -212,8 +204,8 @@ def export(place: Place, options: argparse.Namespace) -> int:
 
     from dataset.chat import ChatRenderer
     from dataset.tokenizer import vocabulary_size
+    from model.build import NEW, ModelRequest, choose_model, choose_tokenizer, load_tokenizer
     from model.card import model_card
-    from model.choose import NEW, ModelRequest, choose_model, choose_tokenizer, load_tokenizer
     from model.export import export_model
     from model.generation_config import generation_config
     from trainer_utils import named_weights

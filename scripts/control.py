@@ -15,18 +15,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from training.control import COMMANDS, PAUSE, RESUME, SAVE, STOP
-from training.observe import (
+from training.control.requests import COMMANDS, PAUSE, RESUME, SAVE, STOP
+from training.records.run_files import (
     UNDER_WAY,
     RunState,
     WrongStateError,
-    duration,
     newest_record,
     read_request,
     run_state,
     runs_beside,
     send_command,
 )
+from training.text import duration
 
 NOT_IN_TIME = 1
 LOOK_SECONDS = 0.1

@@ -17,9 +17,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from training.arguments import config_from_command_line
 from training.config import Config
-from training.doctor import ERROR, OK, WARN, Finding, Machine, Sizes, check_clock, examine, look_around
+from training.config.command_line import config_from_command_line
+from training.diagnosis.machine import ERROR, OK, WARN, Finding, Machine, Sizes, check_clock, examine, look_around
 
 ROWS = 20  # of each data file
 NODES_SECONDS = 20.0  # in which the nodes must find each other's files
@@ -55,9 +55,10 @@ def check_devices(config: Config, machine: Machine, local: int) -> list[Finding]
 
 def check_data(config: Config) -> list[Finding]:
     """Whether the files are there and their first rows can be trained; all rows are read when a run starts."""
-    from dataset.files import OF_THE_FILE
+    from dataset.errors import Defect
     from dataset.prepare import DataOptions
-    from dataset.reader import Defect, read_conversations
+    from dataset.raw_rows import OF_THE_FILE
+    from dataset.reader import read_conversations
     from dataset.sources import find_sources
 
     found = []
@@ -154,7 +155,7 @@ def check_nodes(save_dir: Path, nodes: int, answers: dict[int, float]) -> list[F
 
 def sizes_of_run(config: Config) -> tuple[Sizes | None, list[Finding]]:
     from dataset.tokenizer import vocabulary_size
-    from model.choose import ModelRequest, choose_tokenizer, load_tokenizer, sizes_of
+    from model.build import ModelRequest, choose_tokenizer, load_tokenizer, sizes_of
 
     try:
         wanted = ModelRequest(**config.model_request)

@@ -10,7 +10,7 @@ share_cores() { # share_cores N: the threads of each of N processes on this mach
 }
 
 save_dir_of() { # save_dir_of ROOT [flags of train_full_sft.py]: prints --save_dir, or what is wrong with the flags
-    PYTHONPATH=$1 python -c 'from training.arguments import config_from_command_line as c; print(c().save_dir)' "${@:2}"
+    PYTHONPATH=$1 python -c 'from training.config.command_line import config_from_command_line as c; print(c().save_dir)' "${@:2}"
 }
 
 export TOKENIZERS_PARALLELISM=false

@@ -17,15 +17,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from dataset.files import read_rows
-from dataset.layouts import LAYOUTS
-from dataset.reader import BAD_ROWS, OVERLONG, SYSTEM_AS, VANISHED, DataError, UnsafeDataError
-from model.trust import Trust, UnsafeModelError
+from dataset.formats import LAYOUTS
+from dataset.raw_rows import read_rows
+from dataset.reader import BAD_ROWS, OVERLONG, SYSTEM_AS, VANISHED
+from model.trust import Trust
 from training.config import Config
-from training.files import replace_json
-from training.flags import is_day
-from training.metrics import strict
-from training.yaml_files import parse_yaml
+from training.config.flags import is_day
+from training.config.yaml_files import parse_yaml
+from training.control.exit_codes import exit_code_of
+from training.disk import replace_json
+from training.records.metrics import strict
 
 NUMBER = re.compile(r"(?:(?<![0-9])-)?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 ROW_TOKENS = 4096  # of a row when the loss is measured, unless one sample is longer
@@ -73,16 +74,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def exit_code_of(error: ValueError | OSError) -> int:
-    """That of the trainer: 77 for what is refused for security, 65 for data, 2 for usage, 74 for files."""
-    if isinstance(error, (UnsafeDataError, UnsafeModelError)):
-        return 77
-    return 65 if isinstance(error, DataError) else 2 if isinstance(error, ValueError) else 74
-
-
 def chat_tokenizer(directory: Path, chat_template: str | None, trust: Trust) -> Any:
     """The tokenizer of a directory with that template or its own. Raises ValueError where there is neither."""
-    from model.choose import TEMPLATE_HINT, load_tokenizer
+    from model.build import TEMPLATE_HINT, load_tokenizer
 
     tokenizer = load_tokenizer(str(directory), chat_template, trust)
     if tokenizer.chat_template is None:
@@ -126,7 +120,7 @@ def read_cases(path: Path, store: Any, limit: int | None) -> list[Case]:
 
 def answer_all(model: Any, prompts: list[list[int]], longest: int, batch_size: int, ends: set[int]) -> list[Any]:
     """(ids of the greedy answer, whether it was cut) for each prompt; none outgrows the context of the model."""
-    from model.choose import known_positions
+    from model.build import known_positions
     from model.generate import generate
 
     results: dict[int, tuple[list[int], bool]] = {}
@@ -151,8 +145,8 @@ def held_out_means(model: Any, store: Any, samples: list[int], device: Any) -> d
     from dataset.packing import plan_rows
     from dataset.rows import PackedRows, collate
     from model.losses import make_sft_objective
-    from training.process import to_device
-    from training.sums import Sums, token_means
+    from training.device import to_device
+    from training.schedule.sums import Sums, token_means
 
     objective, sums, lengths = make_sft_objective(), Sums(), store.lengths[samples]
     rows = PackedRows(store, plan_rows(lengths, max(ROW_TOKENS, int(lengths.max()))), np.array(samples))
@@ -192,9 +186,9 @@ def evaluate(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """What becomes evaluation.json, with every answer as an example. Raises ValueError, DataError for unusable rows."""
     from dataset.demo import write_demo
     from dataset.prepare import DataOptions, prepare
-    from model.choose import known_positions
+    from model.build import known_positions
     from model.loading import load_model
-    from training.process import choose_device
+    from training.device import choose_device
 
     device = choose_device(options.device)
     trust = Trust(code=options.trust_remote_code)
@@ -250,7 +244,7 @@ def print_result(result: dict[str, Any], shown: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     sys.stdout.reconfigure(encoding="utf-8")
-    from model.choose import exported_directory
+    from model.build import exported_directory
 
     try:
         directory = exported_directory(options.directory.absolute())

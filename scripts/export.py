@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scripts.evaluate import exit_code_of
+from training.control.exit_codes import exit_code_of
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -25,11 +25,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def export_gguf(options: argparse.Namespace) -> Path:
     """The file that was written. Raises ValueError for what llama.cpp would compute otherwise."""
-    from model.choose import exported_directory, load_tokenizer
+    from model.build import exported_directory, load_tokenizer
     from model.decoder import Decoder
     from model.generation_config import stop_ids
     from model.loading import load_model
-    from scripts.gguf_file import STOCK, STOPS, more_stops, write_gguf
+    from scripts.gguf import STOCK, STOPS, more_stops, write_gguf
 
     directory = exported_directory(options.directory.absolute())
     run = directory.parent if directory.name == "final" else directory

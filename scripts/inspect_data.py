@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.evaluate import exit_code_of, spread
-from training.arguments import config_from_command_line
-from training.figures import BLUE, RED, YELLOW, new_figure, save_figure
+from scripts.evaluate import spread
+from training.config.command_line import config_from_command_line
+from training.control.exit_codes import exit_code_of
+from training.diagnosis.drawing import BLUE, RED, YELLOW, new_figure, save_figure
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -107,9 +108,9 @@ def draw_lengths(rows: Any, max_seq_len: int, path: Path) -> None:
 def inspect(options: argparse.Namespace, config: Any) -> None:
     from dataset.chat import show
     from dataset.ledger import report_lines
-    from model.choose import ModelRequest, choose_tokenizer, load_tokenizer
-    from train_full_sft import load_data
-    from training.stages import read_stages
+    from model.build import ModelRequest, choose_tokenizer, load_tokenizer
+    from training.config.stages import read_stages
+    from training.run.data import load_data
 
     wanted = ModelRequest(**config.model_request)
     source = choose_tokenizer(config.tokenizer, wanted.from_weight)

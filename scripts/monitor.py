@@ -21,11 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training.alerts import read_alerts
-from training.diagnosis import ERROR, MEMORY
-from training.observe import duration, run_state, runs_beside
-from training.plots import read_curves, write_plots
-from training.report import config_of, one_line, write_report
+from training.diagnosis.alerts import read_alerts
+from training.diagnosis.plots import read_curves, write_plots
+from training.diagnosis.report import config_of, write_report
+from training.diagnosis.rules import ERROR, MEMORY
+from training.records.run_files import run_state, runs_beside
+from training.text import duration, one_line
 
 INTERVAL_SECONDS, REFRESH_SECONDS = 30.0, 2.0
 BLOCKS = "▁▂▃▄▅▆▇█"

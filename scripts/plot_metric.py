@@ -10,8 +10,8 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
-from training.figures import draw_bands, new_figure, save_figure
-from training.metrics import read_records
+from training.diagnosis.drawing import draw_bands, new_figure, save_figure
+from training.records.metrics import read_records
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.evaluate import exit_code_of, positive
-from training.arguments import config_from_command_line
-from training.figures import COLOURS, draw_bands, new_figure, save_figure
+from scripts.evaluate import positive
+from training.config.command_line import config_from_command_line
+from training.control.exit_codes import exit_code_of
+from training.diagnosis.drawing import COLOURS, draw_bands, new_figure, save_figure
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -56,12 +57,12 @@ def draw(plan: Any, path: Path) -> None:
 
 def plan_of(config: Any, processes: int) -> Any:
     """The plan of the run that these flags would start with so many processes."""
-    from model.choose import ModelRequest, choose_tokenizer, load_tokenizer
-    from train_full_sft import load_data
-    from training.fit import wants_fit
-    from training.plan import make_plan, rows_per_step
-    from training.stages import check_terms, read_stages
-    from training.state import LoopState
+    from model.build import ModelRequest, choose_tokenizer, load_tokenizer
+    from training.config.stages import check_terms, read_stages
+    from training.run.batch_size import wants_fit
+    from training.run.data import load_data
+    from training.schedule.plan import make_plan, rows_per_step
+    from training.schedule.train_state import LoopState
 
     if wants_fit(config, stages := read_stages(config)):
         raise ValueError("--batch_size auto: the number is found when a run starts; name one here")
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     options, rest = parse(argv)
     config = config_from_command_line(rest)
     try:
-        from training.plan import describe_stages
+        from training.schedule.plan import describe_stages
 
         plan = plan_of(config, options.processes)
         draw(plan, options.out)

@@ -11,10 +11,12 @@ import sys
 import uuid
 from pathlib import Path
 
-from training.checkpoints import CheckpointError, CheckpointStore, read_trainer_state
-from training.metrics import Sink, read_records
-from training.observe import UNDER_WAY, read_state
-from training.sinks import EVENT_FILES, TENSORBOARD, WANDB, TensorBoardSink, WandbSink
+from training.checkpoints.checkpointer import read_trainer_state
+from training.checkpoints.manifest import CheckpointError
+from training.checkpoints.store import CheckpointStore
+from training.records.metrics import Sink, read_records
+from training.records.run_files import UNDER_WAY, read_state
+from training.records.sinks import EVENT_FILES, TENSORBOARD, WANDB, TensorBoardSink, WandbSink
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -28,13 +28,13 @@ from typing import Any
 import yaml
 
 from scripts.evaluate import positive
-from scripts.verify import kill
-from training.arguments import parse_config
-from training.config import ALTERNATIVES, Config, field_types, make_config, overlay, unknown_flag
-from training.figures import GREY, new_figure, save_figure
-from training.flags import ConfigError
-from training.metrics import read_records
-from training.yaml_files import parse_yaml
+from scripts.verify.checks import kill
+from training.config.command_line import parse_config
+from training.config.config import ALTERNATIVES, Config, field_types, make_config, overlay, unknown_flag
+from training.config.flags import ConfigError
+from training.config.yaml_files import parse_yaml
+from training.diagnosis.drawing import GREY, new_figure, save_figure
+from training.records.metrics import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ({"low", "high"}, {"choices"})

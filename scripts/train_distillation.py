@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from training.arguments import config_from_command_line
-from training.config import Config
-from training.lock import lock_or_exit
-from training.stages import read_stages, stages_as_text, weighs
-from training.weights import parse_loss_weights
+from training.config.command_line import config_from_command_line
+from training.config.config import Config, compute_dtype
+from training.config.loss_weights import parse_loss_weights
+from training.config.stages import read_stages, stages_as_text, weighs
+from training.control.lock import lock_or_exit
 
 ALPHA = 0.7
 
@@ -36,7 +36,7 @@ def distill(config: Config) -> dict[str, Any]:
     """`train_full_sft.run` with a teacher. Raises what that raises, and ValueError for a teacher that does not fit."""
     import train_full_sft
     from dataset.tokenizer import vocabulary_size
-    from model.choose import (
+    from model.build import (
         ModelRequest,
         choose_model,
         choose_tokenizer,
@@ -48,7 +48,8 @@ def distill(config: Config) -> dict[str, Any]:
     from model.distillation import check_teacher, fingerprint, make_distillation_objective
     from model.loading import load_model
     from trainer_utils import environment_rank
-    from training.process import choose_device, setup_logging
+    from training.control.process import setup_logging
+    from training.device import choose_device
 
     rank, local_rank, _ = environment_rank()
     setup_logging(rank)
@@ -79,9 +80,8 @@ def distill(config: Config) -> dict[str, Any]:
     taught_by = f"teacher {fingerprint(teacher)}"
 
     device = choose_device(config.device, local_rank, saves_memory=config.strategy == "fsdp")
-    dtype_name = config.teacher_dtype if config.teacher_dtype != "auto" else config.dtype
-    if dtype_name == "auto":
-        dtype_name = "bfloat16" if device.type == "cuda" else "float32"
+    own = config.teacher_dtype if config.teacher_dtype != "auto" else config.dtype
+    dtype_name = compute_dtype(own, config.param_dtype, on_gpu=device.type == "cuda")
     move(teacher, device, dtype_name)
     train_full_sft.logger.info("teacher: %s in %s", source, dtype_name)
     objective = make_distillation_objective(
@@ -112,6 +112,6 @@ if __name__ == "__main__":
     CONFIG = config_from_command_line(prog="torchrun -m scripts.train_distillation")
     if os.environ.get("RANK", "0") == "0" and not CONFIG.dry_run:  # before torch is imported, as in the trainer
         LOCK = lock_or_exit(Path(CONFIG.save_dir))
-    from training.process import end_process
+    from training.control.process import end_process
 
     end_process(main(CONFIG))

@@ -19,9 +19,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dataset.demo import training_conversations
-from dataset.files import read_rows
+from dataset.errors import RowError
+from dataset.raw_rows import read_rows
 from dataset.sources import find_sources
-from dataset.strict_json import RowError
 
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # padding, start of a turn, end of a turn
 TAG_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]

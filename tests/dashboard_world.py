@@ -99,7 +99,7 @@ class ServerProcess:
 
     def __init__(self, runs_dir: Path, launcher: str = "stub"):
         from scripts.dashboard.security import make_token
-        from scripts.ranks import free_port
+        from scripts.verify.ranks import free_port
 
         runs_dir.mkdir(exist_ok=True)
         self.launcher = launcher
@@ -194,8 +194,8 @@ def all_steps(heard: list[dict[str, Any]], key: str = "train/loss") -> list[int]
 
 def train(flags: dict[str, str]) -> None:
     """Write what a trainer writes, a step each 20 ms, and obey its commands."""
-    from training.control import ControlFile
-    from training.metrics import MetricsLog
+    from training.control.requests import ControlFile
+    from training.records.metrics import MetricsLog
 
     run_dir = Path(flags["save_dir"])
     config = run_dir / "config.yaml"

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.ranks import FORKS, run_ranks, train_rank
-from scripts.ranks import resume_from as resume_from
+from scripts.verify.ranks import FORKS, run_ranks, train_rank
+from scripts.verify.ranks import resume_from as resume_from
 
 TINY = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_seq_len": 64,
@@ -22,7 +22,7 @@ TINY = {
 
 def write_rows(path: Path, count: int = 24, seed: int = 0) -> Path:
     """The conversations of scripts.verify, fewer of them."""
-    from scripts.verify import write_rows as write
+    from scripts.verify.checks import write_rows as write
 
     return write(path, count, seed)
 
@@ -33,7 +33,7 @@ def export_learnt(directory: Path, conversations: list[list[dict[str, Any]]]) ->
 
     from dataset.chat import ChatRenderer
     from dataset.rows import Document, collate
-    from model.choose import OWN_TOKENIZER, load_tokenizer
+    from model.build import OWN_TOKENIZER, load_tokenizer
     from model.decoder import DecoderConfig
     from model.export import export_model
     from model.loading import build_model
@@ -108,7 +108,7 @@ def sha256(path: Path) -> str:
 
 def sign_again(checkpoint: Path) -> None:
     """Make the manifest say what the files of a checkpoint hold now."""
-    from training.checkpoints import digest_of
+    from training.checkpoints.manifest import digest_of
 
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     for entry in manifest["files"]:

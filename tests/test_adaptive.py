@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from training.adaptive import Adaptive, Change, Plateau, make_multiplier, variance_and_fall
 from training.config import Config
+from training.schedule.adaptive import Adaptive, Change, Plateau, make_multiplier, variance_and_fall
 
 SMALL = {
     "lr_adapt_patience": 5, "lr_adapt_factor": 0.5, "lr_adapt_threshold": 0.1, "lr_adapt_window": 3,

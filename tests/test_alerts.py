@@ -5,9 +5,9 @@ import json
 import pytest
 
 from tests.small_world import log_of, records_of, result_of, resume_from, train
-from training.alerts import AlertBook, read_alerts
-from training.control import ALERT, STOP_REASONS, SignalFlags, Stopped, Wishes
-from training.metrics import read_records
+from training.control.requests import ALERT, STOP_REASONS, SignalFlags, Stopped, Wishes
+from training.diagnosis.alerts import AlertBook, read_alerts
+from training.records.metrics import read_records
 
 WILD = {"learning_rate": 10.0, "max_steps": 60, "save_interval": "20", "eval_interval": "500", "dropout": 0.0}
 
@@ -143,7 +143,7 @@ def test_only_errors_stop(tmp_path):
 
 
 def test_a_broken_rule_ends_no_run(tmp_path, monkeypatch, caplog):
-    from training.metrics import MetricsLog
+    from training.records.metrics import MetricsLog
 
     log = MetricsLog(tmp_path / "metrics.jsonl")
     book, _ = book_of(tmp_path)

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from model.choose import check_positions
+from model.build import check_positions
 from model.decoder import Decoder
 from model.export import export_model
-from model.foreign import HFCausalLM
 from model.generate import Sampling, generate
 from model.isolation import check_isolation
 from model.loading import load_model
 from model.losses import make_sft_objective, sft_objective
+from model.transformers_model import HFCausalLM
+from scripts.bench.models import BEGIN, COLUMNS, END, FAMILIES, Cell, Trial, as_table, main, measure, with_table
 from scripts.evaluate import main as evaluate
-from scripts.models_table import BEGIN, COLUMNS, END, FAMILIES, Cell, Trial, as_table, main, measure, with_table
-from scripts.verify import write_rows
+from scripts.verify.checks import write_rows
 from tests.test_export import TOKENIZER
 from tests.tiny_model import FILLER, check_recomputed, foreign, logits_of, pack, tokens
 

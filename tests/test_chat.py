@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset.chat import GREEN, RESET, ChatRenderer, show
-from dataset.layouts import Fields
-from dataset.reader import Conversation, Defect, UnsafeDataError, read_conversations
-from dataset.strict_json import RowError
+from dataset.errors import Defect, RowError, UnsafeDataError
+from dataset.formats import Fields
+from dataset.reader import Conversation, read_conversations
 from dataset.template import ChatTemplate, Request
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dataset.chat import ChatRenderer
-from model.choose import OWN_TOKENIZER, load_tokenizer
+from model.build import OWN_TOKENIZER, load_tokenizer
 from model.decoder import DecoderConfig
 from model.export import export_model
 from model.loading import build_model

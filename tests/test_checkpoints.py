@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.checkpoints import CheckpointError, CheckpointStore, verify
-from training.lock import lock_run
+from training.checkpoints.manifest import CheckpointError, verify
+from training.checkpoints.store import CheckpointStore
+from training.control.lock import lock_run
 
 
 def blocks(step):
@@ -163,7 +164,9 @@ def test_what_lies_beyond_the_resumed_step_is_set_aside_and_never_crowds_out_the
 
 def test_a_directory_can_be_held_by_one_process_only(tmp_path):
     first = lock_run(tmp_path)
-    code = "import sys; from pathlib import Path; from training.lock import lock_run; lock_run(Path(sys.argv[1]))"
+    code = (
+        "import sys; from pathlib import Path; from training.control.lock import lock_run; lock_run(Path(sys.argv[1]))"
+    )
     command = [sys.executable, "-c", code, str(tmp_path)]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert refused.returncode and f"process {os.getpid()} on" in refused.stderr

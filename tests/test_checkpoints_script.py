@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.choose import OWN_TOKENIZER
+from model.build import OWN_TOKENIZER
 from scripts.checkpoints import main
 from tests.small_world import log_of, resume_from, sha256, sign_again, train
 from tests.tiny_model import foreign
@@ -161,7 +161,7 @@ def test_the_last_good_version_is_never_pruned(run, capsys):
 
 
 def test_nothing_is_pruned_while_a_trainer_has_the_run(run):
-    code = "import sys, time; from pathlib import Path; from training.lock import lock_run\n"
+    code = "import sys, time; from pathlib import Path; from training.control.lock import lock_run\n"
     code += "held = lock_run(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True) as trainer:
         assert trainer.stdout.readline() == "held\n"

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from model.compile import compile_layers
-from model.foreign import HFCausalLM
 from model.isolation import PACKED, check_isolation
 from model.losses import sft_objective
+from model.transformers_model import HFCausalLM
 from tests.small_world import KillAtCall, answers_of, log_of, result_of, train, write_rows
 from tests.test_lora import adapted, make_base
 from tests.tiny_model import FILLER, foreign, pack, tiny, tokens

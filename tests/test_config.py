@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from training.arguments import parse_config, read_yaml
-from training.config import ALLOWED_CHANGES, Config, field_types, make_config
-from training.flags import ConfigError
+from training.config.command_line import parse_config, read_yaml
+from training.config.config import ALLOWED_CHANGES, Config, compute_dtype, field_types, make_config
+from training.config.flags import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -275,3 +275,10 @@ def test_one_flag_makes_a_mixture_of_experts():
 def test_a_configuration_that_was_never_touched_reads_back_equal(tmp_path):
     (tmp_path / "config.yaml").write_text(Config().to_yaml())
     assert parse_config(["--config", str(tmp_path / "config.yaml")])[0] == Config()
+
+
+def test_auto_means_the_same_dtype_everywhere():
+    """Of the run, of its teacher, and of what the checks before the start reckon with."""
+    assert compute_dtype("auto", "float32", on_gpu=False) == "float32"
+    assert compute_dtype("auto", "float32", on_gpu=True) == compute_dtype("auto", "bfloat16", False) == "bfloat16"
+    assert compute_dtype("float16", "float32", True) == "float16"

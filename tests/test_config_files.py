@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from training.arguments import parse_config
 from training.config import Config
-from training.plan import Plan, make_plan
-from training.stages import Stage, read_stages
-from training.state import LoopState
+from training.config.command_line import parse_config
+from training.config.stages import Stage, read_stages
+from training.schedule.plan import Plan, make_plan
+from training.schedule.train_state import LoopState
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, TABLES = sorted(ROOT.glob("configs/*.yaml")), sorted(ROOT.glob("configs/stages/*.yaml"))

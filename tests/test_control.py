@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from tests.small_world import log_of, train, without_events, write_rows
-from training.control import PAUSE, SAVE, STOP, ControlFile, SignalFlags, Stopped, Wishes
+from training.control.requests import PAUSE, SAVE, STOP, ControlFile, SignalFlags, Stopped, Wishes
 
 
 def command(path, number, word):

@@ -71,17 +71,17 @@ class Statuses:
         self.run, self.seen = run, seen
 
     def __call__(self, objective, rank):
-        import trainer_utils
-        from training.observe import send_command
+        from training.checkpoints.checkpointer import Checkpointer
+        from training.records.run_files import send_command
 
-        original, calls = trainer_utils.Checkpointer.save, 0
+        original, calls = Checkpointer.save, 0
 
         def saving(*args, **options):
             with open(self.seen, "a") as file:
                 file.write(json.loads((self.run / "state.json").read_text())["status"] + "\n")
             return original(*args, **options)
 
-        trainer_utils.Checkpointer.save = saving
+        Checkpointer.save = saving
 
         def commanding(model, batch):
             nonlocal calls

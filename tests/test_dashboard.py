@@ -331,7 +331,8 @@ def test_a_run_that_a_process_holds_is_in_the_way_wherever_it_says_that_it_is(tm
     with served(tmp_path / "runs") as place:
         far = make_run(place.runs_dir, "far", host="elsewhere", updated_at=time.time() - 600)
         program = (
-            "import sys, pathlib, training.lock as l; f = l.lock_run(pathlib.Path(sys.argv[1])); print(1); input()"
+            "import sys, pathlib; from training.control.lock import lock_run; "
+            "held = lock_run(pathlib.Path(sys.argv[1])); print(1); input()"
         )
         with subprocess.Popen(
             [sys.executable, "-c", program, str(far)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

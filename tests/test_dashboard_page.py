@@ -210,7 +210,7 @@ def test_bad_numbers_and_hostile_text_are_shown_as_what_they_are(browser, place)
 
 
 def test_the_report_of_the_trainer_reads_as_it_was_meant(browser, place):
-    from training.report import write_report
+    from training.diagnosis.report import write_report
 
     run = make_run(place.runs_dir, "a_b*c*-[d]", steps=30)
     odd = "1 < 2 && `x` *y* | z_z \\\\ [a](b) <i>&amp;</i> **no**"

@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from dataset.augment import system_as_user
 from dataset.prepare import DataOptions, prepare
 from dataset.reader import Conversation
-from model.choose import OWN_TOKENIZER, load_tokenizer
+from dataset.system_prompts import system_as_user
+from model.build import OWN_TOKENIZER, load_tokenizer
 from scripts.chat import main as chat
 from scripts.evaluate import main as evaluate
 from tests.small_world import export_learnt, log_of, train, write_rows
 from training.config import make_config
-from training.flags import ConfigError
+from training.config.flags import ConfigError
 
 NEW = {"text_tokens": ("<think>",), "vanished": "warn", "system_as": "user"}
 

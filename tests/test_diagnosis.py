@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.diagnosis import (
+from training.diagnosis.rules import (
     ERROR,
     History,
     data_starvation,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import yaml
 
 import model.losses
-from model.choose import OWN_TOKENIZER, load_tokenizer
+from model.build import OWN_TOKENIZER, load_tokenizer
 from model.distillation import (
     check_teacher,
     distillation_weights,
@@ -26,7 +26,7 @@ from model.losses import make_sft_objective
 from scripts.train_distillation import weights_of_terms
 from tests.small_world import TINY, log_of, records_of, result_of, resume_from, run_ranks, train
 from tests.tiny_model import FILLER, foreign, logits_of, pack, tiny, tokens
-from training.weights import parse_loss_weights
+from training.config.loss_weights import parse_loss_weights
 
 DOCUMENTS = [tokens(9, 1), tokens(6, 2), tokens(4, 3)]
 BATCH = pack(DOCUMENTS, supervise=lambda position: position % 3 != 0)
@@ -329,7 +329,7 @@ def _distill_rank(rank, argv, save_dir):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     from scripts.train_distillation import main
-    from training.arguments import config_from_command_line
+    from training.config.command_line import config_from_command_line
 
     sys.exit(main(config_from_command_line(argv)))
 

@@ -13,7 +13,8 @@ import torch
 from scripts import doctor
 from tests.small_world import TINY, log_of, train, write_rows
 from training.config import Config
-from training.doctor import (
+from training.control.process import out_of_memory
+from training.diagnosis.machine import (
     ERROR,
     GIB,
     MIB,
@@ -31,7 +32,6 @@ from training.doctor import (
     memory_need,
     state_bytes,
 )
-from training.process import out_of_memory
 
 H100 = Gpu("NVIDIA H100", 80 * GIB, 79 * GIB)
 GOOD = Machine(
@@ -158,10 +158,12 @@ def test_the_facts_of_this_machine_are_gathered_quickly(tmp_path):
 
 def test_a_start_warns_and_refuses_only_what_is_certain(tmp_path, monkeypatch, caplog):
     sizes, config = vars(SMALL), Config(save_dir=str(tmp_path / "run"), batch_size=4)
-    monkeypatch.setattr("training.doctor.look_around", lambda _: replace(GOOD, disk_free_bytes=MIB, threads=1))
+    monkeypatch.setattr(
+        "training.diagnosis.machine.look_around", lambda _: replace(GOOD, disk_free_bytes=MIB, threads=1)
+    )
     check_start(config, sizes, 1)
     assert "disk: 4 checkpoints" in caplog.text and "threads: 1 process" in caplog.text
-    monkeypatch.setattr("training.doctor.look_around", lambda _: replace(GOOD, ram_bytes=GIB // 4))
+    monkeypatch.setattr("training.diagnosis.machine.look_around", lambda _: replace(GOOD, ram_bytes=GIB // 4))
     with pytest.raises(ValueError, match=r"memory: .*take 458 MiB, this host has 256 MiB; try .*--skip_checks 1"):
         check_start(config, sizes, 1)
     check_start(config, None, 1)
@@ -174,11 +176,11 @@ class TooSmall:
         self.then = then
 
     def __call__(self, objective, rank):
-        import training.doctor
+        import training.diagnosis.machine
 
-        original = training.doctor.look_around
+        original = training.diagnosis.machine.look_around
         if not self.then:
-            training.doctor.look_around = lambda place: replace(original(place), ram_bytes=1000, gpus=())
+            training.diagnosis.machine.look_around = lambda place: replace(original(place), ram_bytes=1000, gpus=())
 
         def exhausted(model, batch):
             if self.then and model.training:
@@ -303,7 +305,7 @@ def test_a_node_with_a_directory_of_its_own_is_named(tmp_path):
 def test_two_nodes_of_torchrun_agree(tmp_path):
     import subprocess
 
-    from scripts.ranks import free_port
+    from scripts.verify.ranks import free_port
 
     port, rows = free_port(), write_rows(tmp_path / "rows.jsonl")
     words = [f"--data_path={rows}", f"--save_dir={tmp_path}/run", "--device=cpu", "--batch_size=1", "--hidden_size=16"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from dataset.draw import DrawnRows, EpochDraw
+from dataset.epoch_rows import DrawnRows, EpochDraw
 from dataset.packing import plan_rows
 from dataset.rows import collate
 from tests.small_world import KillAtCall, result_of, train, write_rows

@@ -14,7 +14,7 @@ import torch
 from dataset.chat import ChatRenderer
 from dataset.packing import plan_rows
 from dataset.rows import Document, collate
-from model.choose import OWN_TOKENIZER, load_tokenizer
+from model.build import OWN_TOKENIZER, load_tokenizer
 from model.decoder import DecoderConfig
 from model.export import export_model
 from model.loading import build_model, load_model

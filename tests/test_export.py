@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 import model.export
 from model.decoder import Decoder
 from model.export import export_model
-from model.foreign import HFCausalLM
 from model.loading import load_model
 from model.losses import sft_objective
+from model.transformers_model import HFCausalLM
 from tests.tiny_model import FILLER, check_recomputed, foreign, logits_of, pack, tiny, tokens
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "model" / "tokenizer"

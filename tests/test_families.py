@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from model.decoder import Decoder, DecoderConfig
 from model.export import export_model
 from model.families import config_json, decoder_config, is_builtin
-from model.foreign import HFCausalLM
 from model.loading import load_model, load_skeleton
-from model.parts import overlap, whole
+from model.partial_weights import overlap, whole
+from model.transformers_model import HFCausalLM
 from tests.tiny_model import logits_of, pack, tiny, tokens
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "model" / "tokenizer"

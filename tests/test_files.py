@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 
-from dataset.files import read_rows
-from dataset.strict_json import RowError
+from dataset.errors import RowError
+from dataset.raw_rows import read_rows
 
 ROWS = [{"a": 1, "b": ["x", {"c": "ü"}]}, {"a": 2}, {"a": 3, "b": []}]
 

@@ -10,15 +10,15 @@ import torch
 import yaml
 
 from dataset.rows import collate, longest_row
-from model.choose import ModelRequest, choose_model
+from model.build import ModelRequest, choose_model
 from scripts.plot_schedule import plan_of
 from tests.small_world import answers_of, log_of, records_of, result_of, resume_from, train
 from tests.tiny_model import foreign, pack, tokens
-from training.checkpoints import open_shards
-from training.config import AUTO, Config, make_config
-from training.fit import most_rows, rows_that_fit, settle, wants_fit
-from training.flags import ConfigError
-from training.stages import read_stages
+from training.checkpoints.checkpointer import open_shards
+from training.config.config import AUTO, Config, make_config
+from training.config.flags import ConfigError
+from training.config.stages import read_stages
+from training.run.batch_size import most_rows, rows_that_fit, settle, wants_fit
 
 CPU = torch.device("cpu")
 
@@ -62,7 +62,9 @@ def test_rows_are_halved_until_memory_holds_them(free_bytes, expected):
 
 def test_frozen_weights_need_no_room_later(monkeypatch):
     kept = []
-    monkeypatch.setattr("training.fit._tight", lambda later, device: kept.append(later) or contextlib.nullcontext())
+    monkeypatch.setattr(
+        "training.run.batch_size._tight", lambda later, device: kept.append(later) or contextlib.nullcontext()
+    )
     model = torch.nn.Sequential(torch.nn.Linear(1000, 1000, bias=False), torch.nn.Linear(1000, 1, bias=False))
     model[0].requires_grad_(False)
     settings = {"lora_rank": 4, "from_weight": "somewhere", "param_dtype": "bfloat16", "dtype": "bfloat16"}
@@ -219,7 +221,7 @@ def test_weights_are_read_right_into_bfloat16(tmp_path):
 
 
 def test_an_average_of_bfloat16_weights_keeps_what_they_round_away():
-    from training.ema import Ema
+    from training.run.ema import Ema
 
     model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

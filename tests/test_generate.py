@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model.export import export_model
-from model.foreign import HFCausalLM
 from model.generate import Sampling, choose, generate, generate_stream
+from model.transformers_model import HFCausalLM
 from tests.test_export import TOKENIZER
 from tests.tiny_model import logits_of, pack, tiny, tokens
 

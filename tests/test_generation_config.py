@@ -11,7 +11,7 @@ from dataset.chat import ChatRenderer
 from dataset.questions import question_of
 from dataset.rows import Document, collate
 from dataset.tokenizer import vocabulary_size
-from model.choose import OWN_TOKENIZER, ModelRequest, load_tokenizer
+from model.build import OWN_TOKENIZER, ModelRequest, load_tokenizer
 from model.decoder import DecoderConfig
 from model.export import export_model
 from model.generation_config import check_base, generation_config, stop_ids
@@ -19,7 +19,7 @@ from model.loading import build_model
 from model.losses import sft_objective
 from scripts.chat import main as chat
 from scripts.checkpoints import main as checkpoints
-from scripts.templates_families import twins
+from scripts.templates.families import twins
 from tests.small_world import log_of, train
 from tests.tiny_model import foreign
 

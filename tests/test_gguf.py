@@ -9,12 +9,12 @@ from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from dataset.demo import held_out_conversations
-from model.choose import OWN_TOKENIZER, load_tokenizer
-from scripts import gguf_file
-from scripts.compare_gguf import ODD_TEXTS, LlamaCpp
-from scripts.compare_gguf import main as compare
+from model.build import OWN_TOKENIZER, load_tokenizer
+from scripts import gguf as gguf_file
+from scripts.bench.gguf import ODD_TEXTS, LlamaCpp
+from scripts.bench.gguf import main as compare
 from scripts.export import DTYPES, main
-from scripts.gguf_file import PRE_TOKENIZERS, adds_bos, write_gguf
+from scripts.gguf import PRE_TOKENIZERS, adds_bos, write_gguf
 from tests.small_world import export_learnt
 from tests.test_families import SHAPES, SHARED, lively
 from tests.tiny_model import foreign, logits_of, pack, tokens

@@ -86,7 +86,7 @@ def packed_batch(lengths, seed, vocab_size=64):
 
 
 def logits_of(model, batch, dtype):
-    from training.process import to_device
+    from training.device import to_device
 
     found = []
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.choose import ModelRequest, choose_model, fill_model
+from model.build import ModelRequest, choose_model, fill_model
 from model.decoder import Decoder, DecoderConfig
 from model.export import export_model
 from model.loading import build_model
@@ -129,7 +129,7 @@ def test_a_part_of_a_tensor_is_filled_with_that_part_of_the_whole(init):
 
 
 def test_how_the_weights_were_drawn_is_no_part_of_the_exported_model(tmp_path):
-    from model.choose import OWN_TOKENIZER, load_tokenizer
+    from model.build import OWN_TOKENIZER, load_tokenizer
 
     tokenizer = load_tokenizer(str(OWN_TOKENIZER))
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from dataset.layouts import LAYOUTS, Fields
+from dataset.errors import Defect
+from dataset.formats import LAYOUTS, Fields
 from dataset.prepare import DataOptions, prepare
-from dataset.reader import Conversation, Defect, detect_layout, read_conversations
+from dataset.reader import Conversation, detect_layout, read_conversations
 from tests.test_chat import CALL as CALL_START
 from tests.test_chat import END, byte_tokenizer
 from tests.test_chat import UNCALL as CALL_END

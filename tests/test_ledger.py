@@ -6,11 +6,11 @@ import numpy as np
 
 from dataset import ledger
 from dataset.chat import Sample
+from dataset.encode import _with_notes
 from dataset.ledger import Ledger, note_lines, report_lines, spoken
 from dataset.load import DataRequest, load_rows
 from dataset.prepare import DataOptions, prepare
-from dataset.tokenise import _with_notes
-from model.choose import OWN_TOKENIZER, load_tokenizer
+from model.build import OWN_TOKENIZER, load_tokenizer
 
 
 def chat(number: int, **more: object) -> dict[str, object]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.choose import ModelRequest, choose_model, fill_model, sizes_of
+from model.build import ModelRequest, choose_model, fill_model, sizes_of
 from model.export import export_model
 from model.loading import load_model
 from model.losses import make_sft_objective, sft_objective
@@ -19,8 +19,8 @@ from scripts.evaluate import main as evaluate
 from tests.small_world import KillAtCall, log_of, records_of, result_of, sha256, train, write_rows
 from tests.test_layout import FILES, imports_of
 from tests.tiny_model import FILLER, foreign, logits_of, pack, tiny, tokens
-from training.config import Config, ConfigError, make_config
-from training.doctor import Sizes, memory_need, state_bytes
+from training.config.config import Config, ConfigError, make_config
+from training.diagnosis.machine import Sizes, memory_need, state_bytes
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "model" / "tokenizer"
 RANK = 4

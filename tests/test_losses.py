@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import model.losses
-from model.input_embeddings import LanguageModel, twice_differentiable
+from model.language_model import LanguageModel
 from model.loading import load_model
 from model.losses import make_sft_objective, sft_objective, sft_terms
+from model.regularisers import twice_differentiable
 from tests.small_world import answers_of
 from tests.tiny_model import FILLER, foreign, logits_of, pack, tiny, tokens
 

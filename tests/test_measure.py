@@ -2,8 +2,8 @@
 
 import pytest
 
-from scripts.bench_lora import main as bench_lora
-from scripts.measure import in_turns, median, print_table, run_child
+from scripts.bench.lora import main as bench_lora
+from scripts.bench.measure import in_turns, median, print_table, run_child
 
 
 def test_variants_take_turns_and_the_median_is_over_all_their_steps(capsys):

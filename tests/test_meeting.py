@@ -6,8 +6,8 @@ import time
 import pytest
 from torch.distributed import HashStore
 
-from training import meeting
-from training.meeting import meet
+from training.control import meeting
+from training.control.meeting import meet
 
 
 def gather(store, world_size, late=None):

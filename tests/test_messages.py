@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dataset.layouts import MARKS, Fields
+from dataset.errors import RowError
+from dataset.formats import MARKS, Fields
 from dataset.reader import Conversation, parse_conversation
-from dataset.strict_json import RowError
 
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"city": "Köln"}}}
 TOOL_NOTE = "tool results follow answers whose call stands in their text"

@@ -14,8 +14,8 @@ import pytest
 
 from scripts.monitor import BLOCKS, Lines, Tail, View, arrow, bar, main, sparkline
 from tests.small_world import log_of, train
-from training.files import replace_json
-from training.report import ROOT
+from training.diagnosis.report import ROOT
+from training.disk import replace_json
 
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 

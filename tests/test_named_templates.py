@@ -6,7 +6,7 @@ import pytest
 
 from dataset.chat import ChatRenderer
 from dataset.reader import Conversation
-from model.choose import OWN_TEMPLATES, TEMPLATES, load_tokenizer, template_hint
+from model.build import OWN_TEMPLATES, TEMPLATES, load_tokenizer, template_hint
 from scripts.inspect_data import main as inspect_data
 from tests.small_world import log_of, train, write_rows
 from tests.test_chat import byte_tokenizer

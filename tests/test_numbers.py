@@ -42,10 +42,10 @@ def learner_of(processes, objective=None, shape=(), **strategy):
     from model.decoder import DecoderConfig
     from model.loading import build_model
     from model.losses import sft_objective
-    from train_full_sft import Learner
     from trainer_utils import Strategy, parallelize
     from training.config import Config
-    from training.optimizers import make_optimizer
+    from training.run.learner import Learner
+    from training.run.optimizers import make_optimizer
 
     objective = objective or sft_objective
     config = DecoderConfig(
@@ -66,7 +66,7 @@ def weights_after(rank, answer, split, wrong, shape, strategy):
 
     from train_full_sft import train_step
     from trainer_utils import close_processes, start_processes, unwrap
-    from training.state import LoopState
+    from training.schedule.train_state import LoopState
 
     processes = start_processes(torch.device("cpu"), 30)
     learner = learner_of(processes, mean_of_means if wrong else None, shape, **strategy)
@@ -176,7 +176,7 @@ def count_exchanges_of_a_step(rank, answer):
 
     from train_full_sft import train_step
     from trainer_utils import close_processes, start_processes
-    from training.state import LoopState
+    from training.schedule.train_state import LoopState
 
     processes, calls = start_processes(torch.device("cpu"), 30), []
     learner = learner_of(processes)
@@ -199,7 +199,7 @@ def test_dropout_draws_anew_for_every_rank_step_and_micro_batch():
     from model.losses import sft_objective
     from train_full_sft import train_step
     from trainer_utils import Processes
-    from training.state import LoopState
+    from training.schedule.train_state import LoopState
 
     draws = []
 

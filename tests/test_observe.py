@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from training.lock import lock_run
-from training.observe import (
+from training.control.lock import lock_run
+from training.records.run_files import (
     WrongStateError,
     checked,
     is_held,
@@ -167,7 +167,9 @@ def test_a_damaged_state_is_a_state_without_those_values(tmp_path):
 
 def test_whether_a_directory_is_held_is_seen_without_taking_it(tmp_path):
     assert not is_held(tmp_path)
-    program = "import sys, pathlib, training.lock as l; f = l.lock_run(pathlib.Path(sys.argv[1])); print(1); input()"
+    program = (
+        "import sys, pathlib as p, training.control.lock as l; f = l.lock_run(p.Path(sys.argv[1])); print(1); input()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:

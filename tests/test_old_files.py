@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.choose import ModelRequest, choose_model, fill_model
+from model.build import ModelRequest, choose_model, fill_model
 from model.loading import load_model
-from model.parts import whole
+from model.partial_weights import whole
 from tests.tiny_model import foreign
 
 MASK = torch.ones(1, 1, 4, 4).tril().to(torch.uint8)

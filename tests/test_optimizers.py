@@ -7,11 +7,12 @@ from safetensors.torch import load_file
 from model.losses import sft_objective
 from tests.small_world import log_of, resume_from, run_ranks, train, without_events
 from tests.tiny_model import SHAPE, pack, tokens
-from trainer_utils import Processes, blocks_to_write, load_checkpoint, named_optimizer_state, named_weights
+from trainer_utils import Processes, blocks_to_write, named_optimizer_state, named_weights
+from training.checkpoints.checkpointer import load_checkpoint
+from training.checkpoints.tensor_files import ShardReader, write_shard
 from training.config import Config, make_config
-from training.flags import ConfigError
-from training.optimizers import make_optimizer
-from training.shards import ShardReader, write_shard
+from training.config.flags import ConfigError
+from training.run.optimizers import make_optimizer
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 CASES = {

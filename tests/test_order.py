@@ -7,8 +7,8 @@ import pytest
 
 from tests.small_world import log_of, result_of, resume_from, train, write_rows
 from trainer_utils import RowSampler, SkipBatchSampler
-from training.plan import micro_batches_per_step
-from training.schedules import LRSchedule, lr_factor
+from training.schedule.learning_rate import LRSchedule, lr_factor
+from training.schedule.plan import micro_batches_per_step
 
 
 def ranks_of(num_rows, world_size, window_rows, batch_size, epoch=0, rows_done=0, seed=0):

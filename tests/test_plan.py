@@ -5,9 +5,9 @@ import json
 import pytest
 
 from training.config import make_config
-from training.plan import Plan, make_plan
-from training.stages import read_stages
-from training.state import LoopState
+from training.config.stages import read_stages
+from training.schedule.plan import Plan, make_plan
+from training.schedule.train_state import LoopState
 
 ROWS = [7, 4, 9]  # of three epochs; with 3 rows per step 3, 2 and 3 steps
 

@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from dataset.layouts import Fields
-from dataset.reader import Conversation, Defect, read_conversations
+from dataset.errors import Defect
+from dataset.formats import Fields
+from dataset.reader import Conversation, read_conversations
 
 TOOLS = [{"type": "function", "function": {"name": "ferry_times", "parameters": {"type": "object", "properties": {}}}}]
 CALL = '{"name": "ferry_times", "arguments": {"port": "Kiel"}}'

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dataset.layouts import Fields
-from dataset.reader import Conversation, Defect, read_conversations
+from dataset.errors import Defect
+from dataset.formats import Fields
+from dataset.reader import Conversation, read_conversations
 from tests.test_public_rows import ROWS as TOOL_ROWS
 
 FERRY = {"name": "ferry_times", "description": "When it leaves", "parameters": {"port": {"type": "str"}}}

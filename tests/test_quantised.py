@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.choose import ModelRequest
+from model.build import ModelRequest
 from model.export import export_model
 from model.loading import load_model, load_skeleton
 from model.quantised import quantisation_of

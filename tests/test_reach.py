@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from model.choose import ModelRequest, choose_model, known_positions, shape_of
+from model.build import ModelRequest, choose_model, known_positions, shape_of
 from model.export import export_model
-from model.foreign import HFCausalLM
 from model.generate import generate
 from model.isolation import check_isolation
 from model.loading import load_model, load_skeleton
 from model.losses import sft_objective
 from model.reach import freeze_unreached, outermost
+from model.transformers_model import HFCausalLM
 from tests.several_senses import FAMILIES, seeing
 from tests.small_world import TINY, log_of, records_of, result_of, resume_from, train, write_rows
 from tests.test_export import TOKENIZER

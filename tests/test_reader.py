@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dataset import files
-from dataset.layouts import Fields
-from dataset.reader import Conversation, DataError, Defect, detect_layout, read_conversations
+from dataset import raw_rows as files
+from dataset.errors import DataError, Defect
+from dataset.formats import Fields
+from dataset.reader import Conversation, detect_layout, read_conversations
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 COLUMNS = Fields("question", "answer")

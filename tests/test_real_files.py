@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from dataset.files import read_raw_rows, read_rows
-from dataset.strict_json import RowError
+from dataset.errors import RowError
+from dataset.raw_rows import read_raw_rows, read_rows
 
 ROWS = [{"a": "ü"}, {"a": "2"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

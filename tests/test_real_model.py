@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.compare_gguf import LlamaCpp
+from scripts.bench.gguf import LlamaCpp
 from scripts.export import main as export
 from tests.small_world import records_of
 

@@ -6,17 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.choose import ModelRequest, choose_model, load_tokenizer
+from model.build import ModelRequest, choose_model, load_tokenizer
 from model.export import export_model
-from model.foreign import HFCausalLM
 from model.loading import load_model, load_skeleton
+from model.transformers_model import HFCausalLM
 from model.trust import Trust, UnsafeModelError
 from scripts.chat import main as chat
-from scripts.ranks import run_ranks, train_rank
+from scripts.verify.ranks import run_ranks, train_rank
 from tests.small_world import TINY, log_of, records_of, write_rows
 from tests.test_export import TOKENIZER
 from tests.tiny_model import foreign, logits_of, pack, tiny, tokens
-from training.config import Config, ConfigError
+from training.config.config import Config, ConfigError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CODE = """

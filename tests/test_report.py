@@ -9,12 +9,13 @@ import time
 import numpy as np
 import pytest
 
-from scripts.ranks import FORKS, free_port, train_rank
+from scripts.verify.ranks import FORKS, free_port, train_rank
 from tests.small_world import log_of, records_of, result_of, train, write_rows
-from training.figures import new_figure, save_figure
-from training.metrics import read_records
-from training.plots import PLOTS, Curves, thinned
-from training.report import ReportEvery, as_text, cell, main, one_line, reported, write_report
+from training.diagnosis.drawing import new_figure, save_figure
+from training.diagnosis.plots import PLOTS, Curves, thinned
+from training.diagnosis.report import ReportEvery, main, reported, write_report
+from training.records.metrics import read_records
+from training.text import as_text, cell, one_line
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.verify import kill
+from scripts.verify.checks import kill
 from tests.small_world import (
     TINY,
     KillAtCall,

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from dataset.packing import plan_rows
-from dataset.prepare import DataOptions, prepare, split
+from dataset.prepare import DataOptions, prepare
 from dataset.rows import FILLER, Document, PackedRows, collate
+from dataset.shuffle import split
 from dataset.store import StoreWriter, TokenStore
 
 ROOT = Path(__file__).resolve().parents[1]

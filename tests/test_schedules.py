@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.small_world import result_of, resume_from, train, write_rows
-from training.config import LR_SCHEDULES
-from training.schedules import SHAPES, LRSchedule, lr_factor, warmup_steps_of
+from training.config.config import LR_SCHEDULES
+from training.schedule.learning_rate import SHAPES, LRSchedule, lr_factor, warmup_steps_of
 
 
 def curve(schedule: LRSchedule, total_steps: int, steps_per_epoch: int = 10**9) -> list[float]:

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from scripts.search import main, read_space, suggest
 from tests.small_world import TINY
-from training.flags import ConfigError
+from training.config.flags import ConfigError
 
 
 def words_of(tmp_path, rows, **more):

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dataset.demo import held_out_conversations
-from model.choose import OWN_TOKENIZER, load_tokenizer
+from model.build import OWN_TOKENIZER, load_tokenizer
 from model.export import export_model
 from model.loading import load_model
 from scripts.chat import main as chat
-from scripts.ranks import free_port
+from scripts.verify.ranks import free_port
 from tests.small_world import export_learnt
 from tests.test_families import SHAPES, lively
 from tests.tiny_model import foreign, logits_of, pack, tokens

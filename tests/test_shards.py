@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from tests.faults.savers import publish, weight_of
-from training.checkpoints import CheckpointStore
-from training.shards import DTYPES, ShardReader, bytes_of, write_shard
+from training.checkpoints.store import CheckpointStore
+from training.checkpoints.tensor_files import DTYPES, ShardReader, bytes_of, write_shard
 
 shapes = st.lists(st.integers(0, 6), max_size=3).map(tuple)
 

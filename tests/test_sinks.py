@@ -9,8 +9,8 @@ import pytest
 from scripts import replay
 from tests.small_world import KillAtCall, log_of, records_of, train, write_rows
 from training.config import Config
-from training.metrics import MetricsLog
-from training.sinks import FunctionSink, TensorBoardSink, scalars, sink_makers, text_of
+from training.records.metrics import MetricsLog
+from training.records.sinks import FunctionSink, TensorBoardSink, scalars, sink_makers, text_of
 
 FLAGS = {"max_steps": 9, "eval_interval": "3", "save_interval": "2"}
 

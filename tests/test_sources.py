@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dataset.errors import DataError
 from dataset.load import DataRequest, load_rows
 from dataset.prepare import DataOptions
-from dataset.reader import DataError
 from dataset.sources import Source, find_sources
-from model.choose import OWN_TOKENIZER, load_tokenizer
+from model.build import OWN_TOKENIZER, load_tokenizer
 
 
 def write(path: Path, count: int, word: str = "x", bad: int = 0) -> Path:

@@ -92,8 +92,8 @@ def test_two_processes_resumed_in_any_stage_end_with_the_same_bits(tmp_path, fla
 
 
 def test_the_saved_configuration_starts_the_same_run_again(tmp_path, whole, flags):
-    from training.arguments import parse_config
-    from training.stages import read_stages
+    from training.config.command_line import parse_config
+    from training.config.stages import read_stages
 
     config, _ = parse_config(["--config", str(whole / "config.yaml")])
     assert [stage.name for stage in read_stages(config)] == ["short", "long", "last"]

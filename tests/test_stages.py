@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.arguments import parse_config
 from training.config import Config, make_config
-from training.flags import ConfigError
-from training.stages import OWN_KEYS, STAGE_FLAGS, Stage, check_terms, idle_flags, read_stages, stages_as_text
+from training.config.command_line import parse_config
+from training.config.flags import ConfigError
+from training.config.stages import OWN_KEYS, STAGE_FLAGS, Stage, check_terms, idle_flags, read_stages, stages_as_text
 
 
 def stages_of(rows, **flags) -> list[Stage]:

@@ -8,7 +8,7 @@ import pytest
 
 from scripts.checkpoints import main as checkpoints
 from tests.small_world import KillAtCall, log_of, records_of, sha256, train, write_rows
-from training.start import JOB, Start, begin, decide_start, has_begun, refuse_changes
+from training.run.directory import JOB, Start, begin, decide_start, has_begun, refuse_changes
 
 AFRESH, NEWEST = Start(), Start(resumes=True, continues=True)
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from training.stopping import EarlyStopping
+from training.schedule.stopping import EarlyStopping
 
 
 def stops(values: list[float], patience: int = 3, min_delta: float = 0.1, mode: str = "min") -> list[bool]:

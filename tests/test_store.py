@@ -18,9 +18,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset import prepare as preparation
+from dataset.errors import DataError
 from dataset.packing import plan_rows
-from dataset.prepare import DataOptions, prepare, split
-from dataset.reader import DataError
+from dataset.prepare import DataOptions, prepare
+from dataset.shuffle import split
 from dataset.store import StoreWriter, TokenStore, is_intact, is_published, sweep
 
 ROOT = Path(__file__).resolve().parents[1]

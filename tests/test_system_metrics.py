@@ -9,11 +9,11 @@ import types
 import pytest
 
 from tests.small_world import log_of, records_of, result_of, train, write_rows
-from training.config import Config
-from training.records import Meter, RunRecords, StateFile
-from training.state import LoopState
-from training.system import SystemWatch, visible_gpus
-from training.watchdog import Watchdog
+from training.control.watchdog import Watchdog
+from training.diagnosis.alerts import AlertBook
+from training.records.run_log import Meter, RunRecords, StateFile
+from training.records.system import SystemWatch, visible_gpus
+from training.schedule.train_state import LoopState
 
 PLAIN = {"system/ram_used_gib", "system/ram_percent", "system/cpu_percent", "system/disk_free_gib"}
 
@@ -93,7 +93,7 @@ def test_gpus_say_what_they_know(tmp_path, monkeypatch):
 
 def test_utilization_is_the_mean_since_the_last_epoch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml([10, 30, 80]))
-    monkeypatch.setattr("training.system.GPU_SECONDS", 0.01)
+    monkeypatch.setattr("training.records.system.GPU_SECONDS", 0.01)
     watch = SystemWatch(tmp_path, gpus=1)
     watch.start()
     wait_for(lambda: len(watch._since_epoch) == 3)
@@ -121,10 +121,10 @@ class Watched:
     """Figures a hundred times as often as usual, and steps slow enough that some come."""
 
     def __call__(self, objective, rank):
-        import training.records
+        import training.records.run_log
 
-        original = training.records.SystemWatch
-        training.records.SystemWatch = lambda *args: original(*args, seconds=0.02)
+        original = training.records.run_log.SystemWatch
+        training.records.run_log.SystemWatch = lambda *args: original(*args, seconds=0.02)
 
         def slow(model, batch):
             time.sleep(0.01)
@@ -172,7 +172,10 @@ def test_the_state_is_renewed_once_a_second_and_at_once_where_it_changes(tmp_pat
 
 def test_every_beat_of_a_running_loop_is_heard_of(tmp_path):
     plan = types.SimpleNamespace(total_steps=9, epochs=1, stage_of=lambda epoch: 0)
-    records, path = RunRecords(tmp_path, True, (1.0, 1.0), Config(), "cpu", 1), tmp_path / "state.json"
+    records, path = (
+        RunRecords(tmp_path, True, (1.0, 1.0), "cpu", 1, AlertBook(tmp_path / "alerts.jsonl")),
+        tmp_path / "state.json",
+    )
     watchdog = Watchdog(100.0, on_hang=print, on_beat=records.alive)
     watchdog.beat()
     assert not path.exists(), "nothing is under way yet"

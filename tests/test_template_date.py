@@ -10,14 +10,14 @@ import pytest
 
 from dataset.prepare import DataOptions, prepare
 from dataset.tokenizer import launched_at, template_day
-from model.choose import OWN_TOKENIZER, load_tokenizer
+from model.build import OWN_TOKENIZER, load_tokenizer
 from scripts.evaluate import day_of_run
 from scripts.inspect_data import main as inspect_data
 from tests.small_world import log_of, result_of, resume_from, train, write_rows
 from tests.test_chat import byte_tokenizer
 from training.config import Config
-from training.flags import ConfigError
-from training.start import Start, with_day
+from training.config.flags import ConfigError
+from training.run.directory import Start, with_day
 
 OWN = (OWN_TOKENIZER / "chat_template.jinja").read_text(encoding="utf-8")
 DATED = "{{- '<|im_start|>system\\nToday is ' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}" + OWN

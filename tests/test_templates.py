@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 import dataset.sandbox
 from dataset.chat import ChatRenderer
-from dataset.reader import Conversation, UnsafeDataError
+from dataset.errors import RowError, UnsafeDataError
+from dataset.reader import Conversation
 from dataset.sandbox import limits
-from dataset.strict_json import RowError
 from dataset.template import ChatTemplate, Request, looks_only_back
-from model.choose import OWN_TOKENIZER, load_tokenizer
+from model.build import OWN_TOKENIZER, load_tokenizer
 from tests.test_chat import CONTROLS, PLAIN, byte_tokenizer, random_conversation
 
 CHATML = """\

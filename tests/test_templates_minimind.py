@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from dataset.chat import Sample
-from dataset.strict_json import RowError
-from scripts.templates_families import byte_tokenizer
-from scripts.templates_minimind import END, difference
-from scripts.templates_shapes import WEATHER, answer, call, calls, result, user
-from scripts.templates_table import main
+from dataset.errors import RowError
+from scripts.templates.families import byte_tokenizer
+from scripts.templates.minimind import END, difference
+from scripts.templates.shapes import WEATHER, answer, call, calls, result, user
+from scripts.templates.table import main
 
 # A think block in every answer, the prompt ends with an empty one, and the message on tools is the system's.
 TEMPLATE = """\

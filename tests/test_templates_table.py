@@ -6,13 +6,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dataset.layouts import Fields
+from dataset.formats import Fields
 from dataset.reader import parse_conversation
-from scripts.templates_families import byte_tokenizer, twins
-from scripts.templates_judge import RIGHT, SPOKEN, WRONG, judge
-from scripts.templates_oracle import Oracle
-from scripts.templates_shapes import answer, shapes, user
-from scripts.templates_table import Line, as_table, kind_of, measure, with_table
+from scripts.templates.families import byte_tokenizer, twins
+from scripts.templates.judge import RIGHT, SPOKEN, WRONG, judge
+from scripts.templates.oracle import Oracle
+from scripts.templates.shapes import answer, shapes, user
+from scripts.templates.table import Line, as_table, kind_of, measure, with_table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from dataset.augment import SystemPrompts
 from dataset.chat import ChatRenderer
-from dataset.files import read_raw_rows
-from dataset.layouts import Fields
+from dataset.encode import Tokeniser, in_blocks, map_in_order
+from dataset.formats import Fields
 from dataset.prepare import DataOptions, prepare
+from dataset.raw_rows import read_raw_rows
 from dataset.reader import Conversation
-from dataset.tokenise import Tokeniser, in_blocks, map_in_order
-from model.choose import OWN_TOKENIZER, load_tokenizer
+from dataset.system_prompts import SystemPrompts
+from model.build import OWN_TOKENIZER, load_tokenizer
 from tests.small_world import write_rows
 
 

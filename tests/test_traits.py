@@ -6,8 +6,8 @@ import pytest
 
 from dataset.chat import MESSAGES_RENDERED, ChatRenderer
 from dataset.control_tokens import Sample
+from dataset.errors import RowError
 from dataset.reader import Conversation
-from dataset.strict_json import RowError
 from tests.test_chat import byte_tokenizer, turns
 
 CONTROLS = (

@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-from scripts.verify import CHECKS, main
+from scripts.verify.checks import CHECKS, main
 from tests.faults.mutants import MUTANTS, ROOT, copy_tree
 
 

@@ -8,11 +8,11 @@ import torch
 
 from dataset.prepare import DataOptions, prepare
 from dataset.tokenizer import vocabulary_size
-from model.choose import ModelRequest, choose_model, fill_model, load_tokenizer
+from model.build import ModelRequest, choose_model, fill_model, load_tokenizer
 from model.decoder import Decoder
 from model.export import export_model
 from model.loading import load_model
-from model.parts import whole
+from model.partial_weights import whole
 from model.vocabulary import grow, mean_row
 from scripts.chat import main as chat
 from scripts.checkpoints import main as checkpoints

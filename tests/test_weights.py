@@ -5,8 +5,8 @@ import math
 import pytest
 
 from training.config import make_config
-from training.flags import ConfigError
-from training.weights import KINDS, LossWeight, parse_loss_weights
+from training.config.flags import ConfigError
+from training.config.loss_weights import KINDS, LossWeight, parse_loss_weights
 
 
 def values(text: str, epochs: int = 100, at=(0, 0.5, 1, 2, 3, 5, 10, 50)) -> list[float]:

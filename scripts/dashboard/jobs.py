@@ -37,10 +37,10 @@ from scripts.dashboard.runs import (
     threads_of,
 )
 from scripts.dashboard.system import read_gpus
-from training.config import field_types, make_config
-from training.files import replace_json
-from training.flags import ConfigError
-from training.observe import UNDER_WAY, WrongStateError, is_held
+from training.config.config import field_types, make_config
+from training.config.flags import ConfigError
+from training.disk import replace_json
+from training.records.run_files import UNDER_WAY, WrongStateError, is_held
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NEW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -225,9 +225,9 @@ def flag_table() -> dict[str, Any]:
     """All flags for a form: their help, kind, default, choices and bounds, in order; and those of the demo."""
     import dataclasses
 
-    from training.arguments import DEMO_CONFIG
     from training.config import Config
-    from training.yaml_files import read_yaml
+    from training.config.command_line import DEMO_CONFIG
+    from training.config.yaml_files import read_yaml
 
     flags = []
     for name, (kind, optional) in field_types().items():

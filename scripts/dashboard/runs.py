@@ -21,11 +21,11 @@ from typing import IO, Any
 import psutil
 
 from training.config import Config, make_config
-from training.control import RESUME, STOP
-from training.flags import ConfigError
-from training.metrics import record_of
-from training.observe import UNDER_WAY, RunState, is_held, run_state
-from training.yaml_files import parse_yaml
+from training.config.flags import ConfigError
+from training.config.yaml_files import parse_yaml
+from training.control.requests import RESUME, STOP
+from training.records.metrics import record_of
+from training.records.run_files import UNDER_WAY, RunState, is_held, run_state
 
 MAX_JSON_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1 << 20

@@ -27,8 +27,8 @@ from scripts.dashboard.jobs import BusyError, FlagError, Jobs, Launcher, flag_ta
 from scripts.dashboard.runs import Runs, UnknownRunError, clean
 from scripts.dashboard.security import MAX_HEADER_BYTES, BoundedHttp, BoundedWebSocket, Gate
 from scripts.dashboard.system import read_system
-from training.control import COMMANDS, RESUME, STOP
-from training.observe import WrongStateError, send_command
+from training.control.requests import COMMANDS, RESUME, STOP
+from training.records.run_files import WrongStateError, send_command
 
 PAGE = Path(__file__).resolve().parent / "page"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}

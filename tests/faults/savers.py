@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from training.checkpoints import CheckpointStore, open_shards
+from training.checkpoints.checkpointer import open_shards
+from training.checkpoints.store import CheckpointStore
 
 ROWS, COLUMNS = 96, 32
 
@@ -85,7 +86,8 @@ def tell(connection: Any, answer: Any) -> None:
 
 def train_a_little(connection: Any, directory: str, in_background: bool) -> None:
     """One step with a save for each message, answered by where the saving stands; ends when saving gives up."""
-    from trainer_utils import Checkpointer, Processes
+    from trainer_utils import Processes
+    from training.checkpoints.checkpointer import Checkpointer
 
     said: list[str] = []
     handler = logging.Handler()

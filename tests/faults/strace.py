@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from scripts.ranks import FORKS
+from scripts.verify.ranks import FORKS
 from tests.faults.savers import run_when_told
 
 # A question mark before a name: some machines lack the call.

@@ -11,7 +11,8 @@ import pytest
 from tests.faults.savers import assert_is_whole, copy_fresh, publish
 from tests.faults.strace import Child, straced
 from tests.small_world import log_of, train, write_rows
-from training.checkpoints import CheckpointError, CheckpointStore, digest_of, verify
+from training.checkpoints.manifest import CheckpointError, digest_of, verify
+from training.checkpoints.store import CheckpointStore
 
 SEED = 30
 BLOCK = 4096

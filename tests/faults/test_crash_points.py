@@ -6,7 +6,7 @@ import pytest
 
 from tests.faults.savers import assert_is_whole, copy_fresh, publish, save_in_turn
 from tests.faults.strace import Child, points_of, read_log, straced
-from training.checkpoints import CheckpointStore
+from training.checkpoints.store import CheckpointStore
 
 
 def run_and_kill(directory, log, ranks, victim, steps, point=None):

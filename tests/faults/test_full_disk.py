@@ -11,8 +11,8 @@ import pytest
 from tests.faults.savers import train_a_little
 from tests.faults.strace import Child, points_of, read_log, straced
 from tests.small_world import log_of, records_of, result_of, train, write_rows
-from training.checkpoints import CheckpointStore
-from training.metrics import MetricsLog
+from training.checkpoints.store import CheckpointStore
+from training.records.metrics import MetricsLog
 
 STEPS = 12  # so that the records outgrow the first 4 KiB of their file
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS", "EACCES")

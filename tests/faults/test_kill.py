@@ -14,7 +14,7 @@ import pytest
 
 from tests.faults.launched import Launched
 from tests.small_world import log_of, train, without_events
-from training.checkpoints import CheckpointStore
+from training.checkpoints.store import CheckpointStore
 
 FLAGS = {"epochs": 12, "save_interval": "3", "keep_last": 3}
 
@@ -62,7 +62,7 @@ class RandomKill:
 
     def kill_in_a_save(self):
         """Every function by which a save touches the disk counts, in whatever thread."""
-        from training import checkpoints, shards
+        from training.checkpoints import manifest, store, tensor_files
 
         calls = 0
 
@@ -76,9 +76,8 @@ class RandomKill:
 
             return counted
 
-        for module, name in [(checkpoints, n) for n in ("write_shard", "write_json", "fsync_path")] + [
-            (shards, "_bytes")
-        ]:
+        named = [(store, "write_shard"), (store, "write_json"), (store, "fsync_path"), (manifest, "fsync_path")]
+        for module, name in [*named, (tensor_files, "_bytes")]:
             setattr(module, name, deadly(getattr(module, name)))
 
 

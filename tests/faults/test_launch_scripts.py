@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.ranks import free_port
+from scripts.verify.ranks import free_port
 from tests.small_world import TINY, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -72,7 +72,7 @@ def start(tmp_path):
 @pytest.fixture
 def job(start, tmp_path, environment):
     """What sbatch does: a copy of the script runs elsewhere."""
-    copy = shutil.copy(ROOT / "scripts" / "launch_slurm.sh", tmp_path / "slurm_script")
+    copy = shutil.copy(ROOT / "scripts" / "launch" / "slurm.sh", tmp_path / "slurm_script")
     return lambda flags=None, **more: start(copy, words(tmp_path, **flags or {}), environment | more, cwd=tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_one_launcher_per_node_meets_the_others_on_the_first(tmp_path, job, envi
     assert calls(tmp_path) == [
         "scontrol show hostnames node-[a-b]",
         f"srun --nodes {nodes} --ntasks {nodes} --ntasks-per-node 1 --kill-on-bad-exit=1 --cpus-per-task 12 bash "
-        f"scripts/launch_multi_node.sh localhost:{port} {nodes} 2 {' '.join(words(tmp_path))}",
+        f"scripts/launch/multi_node.sh localhost:{port} {nodes} 2 {' '.join(words(tmp_path))}",
     ]
 
 
@@ -154,7 +154,7 @@ def test_wrong_flags_end_a_job_before_its_nodes_start(tmp_path, job):
 
 
 def test_slurm_reads_its_options_before_the_first_command():
-    lines = (ROOT / "scripts" / "launch_slurm.sh").read_text().splitlines()
+    lines = (ROOT / "scripts" / "launch" / "slurm.sh").read_text().splitlines()
     head = lines[: next(i for i, line in enumerate(lines) if line and not line.startswith("#"))]
     options = [line.removeprefix("#SBATCH ") for line in head if line.startswith("#SBATCH ")]
     assert {"--requeue", "--signal=B:USR1@180", "--ntasks-per-node=1", "--open-mode=append"} <= set(options)
@@ -177,14 +177,14 @@ def test_slurm_reads_its_options_before_the_first_command():
     ],
 )
 def test_several_nodes_are_not_started_with_wrong_words(tmp_path, start, environment, arguments, problem):
-    assert start("scripts/launch_multi_node.sh", arguments, environment).wait(timeout=60) == 2
+    assert start("scripts/launch/multi_node.sh", arguments, environment).wait(timeout=60) == 2
     assert problem in log_of(tmp_path)
 
 
 def test_a_signal_for_a_checkpoint_does_not_end_the_run(tmp_path, start, environment):
     """To the launcher it says nothing; any of its processes saves for all and goes on."""
     process = start(
-        "scripts/launch_single_node.sh", ["2", *words(tmp_path, save_interval="1000", epochs=500)], environment
+        "scripts/launch/single_node.sh", ["2", *words(tmp_path, save_interval="1000", epochs=500)], environment
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process, tmp_path)

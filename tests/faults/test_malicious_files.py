@@ -25,25 +25,28 @@ from safetensors.torch import save_file
 
 import dataset.sandbox
 from dataset import store
-from dataset.augment import SystemPrompts
 from dataset.chat import ChatRenderer
-from dataset.files import read_rows
+from dataset.errors import UnsafeDataError
 from dataset.prepare import DataOptions, prepare
-from dataset.reader import UnsafeDataError
+from dataset.raw_rows import read_rows
 from dataset.sources import find_sources
-from model.choose import OWN_TOKENIZER, load_tokenizer
+from dataset.system_prompts import SystemPrompts
+from model.build import OWN_TOKENIZER, load_tokenizer
 from model.decoder import DecoderConfig
 from model.export import export_model
 from model.loading import build_model, load_model
-from scripts import chat, compare_gguf, evaluate, inspect_data
+from scripts import chat, evaluate, inspect_data
+from scripts.bench import gguf as compare_gguf
 from tests.small_world import log_of, sign_again, train, write_rows
 from tests.test_chat import PLAIN, byte_tokenizer, turns
-from train_full_sft import EXIT_CODES
-from trainer_utils import Processes, blocks_to_write, load_checkpoint, named_optimizer_state, named_weights
-from training.arguments import read_yaml
-from training.checkpoints import CheckpointStore, open_shards, read_trainer_state, verify
+from trainer_utils import Processes, blocks_to_write, named_optimizer_state, named_weights
+from training.checkpoints.checkpointer import load_checkpoint, open_shards, read_trainer_state
+from training.checkpoints.manifest import verify
+from training.checkpoints.store import CheckpointStore
 from training.config import make_config
-from training.metrics import read_records
+from training.config.command_line import read_yaml
+from training.control.exit_codes import EXIT_BUG, exit_code_of
+from training.records.metrics import read_records
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -155,8 +158,10 @@ def code_of(action, *arguments):
     """The exit code of a program whose work this is; what has no code is a bug and is raised."""
     try:
         action(*arguments)
-    except tuple(EXIT_CODES) as error:
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except Exception as error:
+        if (code := exit_code_of(error)) == EXIT_BUG:
+            raise
+        return code
     return 0
 
 

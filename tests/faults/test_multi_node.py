@@ -25,7 +25,7 @@ STORE, OTHER = "10.77.0.2", "10.77.0.1"
 DIARY = """
 import json, os, time
 import trainer
-from training.arguments import config_from_command_line
+from training.config.command_line import config_from_command_line
 
 original, world = trainer.train_step, int(os.environ["WORLD_SIZE"])
 
@@ -75,7 +75,7 @@ class Host:
             "save_dir": self.project / "run", "cache_dir": self.project / f"cache-{self.address}",
         }  # fmt: skip
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        script = self.project / "scripts" / "launch_multi_node.sh"
+        script = self.project / "scripts" / "launch" / "multi_node.sh"
         variables = {
             **os.environ, "VENV": "none", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PET_RDZV_CONF": "last_call_timeout=2,keep_alive_interval=1", "OMP_NUM_THREADS": "1",

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.launched import Launched
 from tests.small_world import log_of, records_of, train, without_events
-from training.control import ControlFile
+from training.control.requests import ControlFile
 
 
 def command(run, name, number):

@@ -9,7 +9,8 @@ import pytest
 from tests.faults.disks import Disk, signature, write_tree
 from tests.faults.savers import assert_is_whole, publish, save_in_turn
 from tests.faults.strace import Child, read_log, straced
-from training.checkpoints import CheckpointError, CheckpointStore
+from training.checkpoints.manifest import CheckpointError
+from training.checkpoints.store import CheckpointStore
 
 SEED = 20
 

@@ -14,7 +14,7 @@ import pytest
 from tests.faults.savers import assert_is_whole, publish
 from tests.faults.strace import Child, points_of, read_log, straced
 from tests.small_world import TINY, write_rows
-from training.checkpoints import CheckpointStore
+from training.checkpoints.store import CheckpointStore
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -10,7 +10,8 @@ import pytest
 
 from tests.faults.launched import Launched
 from tests.small_world import log_of, train, without_events, write_rows
-from training.checkpoints import CheckpointStore, verify
+from training.checkpoints.manifest import verify
+from training.checkpoints.store import CheckpointStore
 
 SECONDS_TO_STOP = 5
 
@@ -52,7 +53,7 @@ class SignalAt:
             return objective(model, batch)
 
         if self.moment == "save":
-            from training import checkpoints
+            from training.checkpoints import store as checkpoints
 
             write_shard = checkpoints.write_shard
 

@@ -1,0 +1,1 @@
+"""Judges the kit on many chat templates and shapes of conversation."""
