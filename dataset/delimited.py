@@ -48,19 +48,17 @@ def cell_rows(
     try:
         header = next(reader, [])
         if twice := [name for name in header if header.count(name) > 1]:
-            yield (
-                begins,
-                RowError("BROKEN_FILE", f"its header names {twice[0][:40]!r} twice: rename one of the columns"),
-            )
+            error = RowError("BROKEN_FILE", f"its header names {twice[0][:40]!r} twice: rename one of the columns")
+            yield begins, error
             return
         begins = before + reader.line_num + 1
         for cells in reader:
             swallowed = _row_in_cell(cells, len(header), separator) if before + reader.line_num > begins else ""
-            if swallowed and separator != "\t":  # prose has commas too
-                over_rows, first_over = over_rows + 1, first_over or begins
             if swallowed and separator == "\t":
                 yield begins, _two_readings(swallowed)
             else:
+                if swallowed:  # prose has commas too
+                    over_rows, first_over = over_rows + 1, first_over or begins
                 yield begins, _row_of(header, cells) if cells else b""
             begins = before + reader.line_num + 1
     except UnicodeDecodeError as error:

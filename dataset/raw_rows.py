@@ -177,41 +177,40 @@ def _without_blank_end(
 
 
 def _object_rows(text: str) -> Iterator[tuple[int, RawRow]]:
-    """The objects of a text that holds one after the other, each under the line that it starts in."""
-    at, line, counted = _after_space(text, 0), 1, 0
-    while at < len(text):
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            end = _end_of_value(text, at)
-        except RowError as error:
-            yield line, error
-            return
-        yield line, text[at:end].encode()
-        at = _after_space(text, end)
+    """The objects of a text that holds one after the other."""
+    return _values(text, _after_space(text, 0), "", _after_space)
 
 
 def _array_rows(text: str) -> Iterator[tuple[int, RawRow]]:
-    """The objects of one JSON array, each under the line that it starts in."""
-    at, line, counted = _after_space(text, text.index("[") + 1), 1, 0
-    while text[at : at + 1] != "]":
+    """The objects of one JSON array."""
+    return _values(text, _after_space(text, text.index("[") + 1), "]", _after_comma)
+
+
+def _values(text: str, at: int, close: str, next_after: Callable[[str, int], int]) -> Iterator[tuple[int, RawRow]]:
+    """JSON values up to `close`, each under the line that it starts in; `next_after` the end of one begins the next."""
+    line, counted = 1, 0
+    while text[at : at + 1] != close:
         line, counted = line + text.count("\n", counted, at), at
         try:
             end = _end_of_value(text, at)
+            yield line, text[at:end].encode()
+            at = next_after(text, end)
         except RowError as error:
             yield line, error
             return
-        yield line, text[at:end].encode()
-        at = _after_space(text, end)
-        if text[at : at + 1] == ",":
-            at = _after_space(text, at + 1)
-            if text[at : at + 1] == "]":
-                yield line, RowError("BROKEN_FILE", "a comma stands before the end of the array")
-                return
-        elif text[at : at + 1] != "]":
-            yield line, RowError("BROKEN_FILE", "after this value a comma or the end of the array is missing")
-            return
     if text[at + 1 :].strip():
         yield line, RowError("BROKEN_FILE", "there is more text after the end of the array")
+
+
+def _after_comma(text: str, at: int) -> int:
+    at = _after_space(text, at)
+    if text[at : at + 1] == ",":
+        at = _after_space(text, at + 1)
+        if text[at : at + 1] == "]":
+            raise RowError("BROKEN_FILE", "a comma stands before the end of the array")
+    elif text[at : at + 1] != "]":
+        raise RowError("BROKEN_FILE", "after this value a comma or the end of the array is missing")
+    return at
 
 
 def _end_of_value(text: str, at: int) -> int:

@@ -86,9 +86,9 @@ def export_model(
 
 
 def _refuse_overflow(weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    largest = torch.finfo(dtype).max
     if dtype != torch.float16:  # the others reach as far as float32
         return
+    largest = torch.finfo(dtype).max
     for name, weight in weights.items():
         if weight.isfinite().all() and (beyond := float(weight.abs().max())) > largest:
             raise ValueError(

@@ -48,7 +48,8 @@ def generation_config(
 def check_base(request: "ModelRequest", tokenizer: "PreTrainedTokenizerFast") -> None:
     """Before training: refuse what `generation_config` would refuse after it; warn of ids that have other meanings."""
     _said_by(request.from_weight, request.trust_in(request.from_weight))
-    moved, count = _moved(_own_tokens(tokenizer, request), tokenizer)
+    own = _own_tokens(tokenizer, request)
+    moved, count = _moved(own, tokenizer) if own else (0, 0)
     if moved:
         logger.warning(
             "%d of the %d tokens of %s are other ones in %s: the model has to learn these anew",

@@ -29,7 +29,7 @@ def export_gguf(options: argparse.Namespace) -> Path:
     from model.decoder import Decoder
     from model.generation_config import stop_ids
     from model.loading import load_model
-    from scripts.gguf import STOCK, STOPS, more_stops, write_gguf
+    from scripts.gguf import STOCK, write_gguf
 
     directory = exported_directory(options.directory.absolute())
     run = directory.parent if directory.name == "final" else directory
@@ -39,10 +39,9 @@ def export_gguf(options: argparse.Namespace) -> Path:
     model = load_model(directory)
     if not isinstance(model, Decoder):
         raise ValueError(f"{directory} holds {type(model.inner).__name__}, which is not written here; {STOCK}")
-    tokenizer, stops = load_tokenizer(str(directory)), stop_ids(directory)
-    write_gguf(out, model, tokenizer, run.name, options.dtype, stops)
-    if tokenizer.chat_template and (left := more_stops(tokenizer, stops)[STOPS:]):
-        named = " ".join(tokenizer.convert_ids_to_tokens(left))
+    tokenizer = load_tokenizer(str(directory))
+    if unplaced := write_gguf(out, model, tokenizer, run.name, options.dtype, stop_ids(directory)):
+        named = " ".join(tokenizer.convert_ids_to_tokens(unplaced))
         print(f"the format has no place for these stop tokens: {named}; llama.cpp stops at those it knows by name")
     return out
 

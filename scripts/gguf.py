@@ -27,7 +27,6 @@ from model.decoder import Decoder, DecoderConfig
 from model.families import family_of
 from model.rope import rotary_frequencies
 
-STOPS = 2  # places of a file for ends of answers besides eos: end of turn, end of message
 DTYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -57,10 +56,11 @@ PRE_TOKENIZERS = {
 
 def write_gguf(
     path: Path, model: Decoder, tokenizer: PreTrainedTokenizerFast, name: str, dtype: str, stops: Sequence[int] = ()
-) -> None:
+) -> list[int]:
     """Publish `model` with its tokenizer under `path`, whole or not at all; `dtype` is one of DTYPES.
 
-    `stops`: the tokens that end an answer, as in the generation config of the model.
+    `stops`: the tokens that end an answer, as in the generation config of the model; returns those for which the format
+    has no place.
 
     Raises ValueError where llama.cpp would compute, or cut text, otherwise.
     """
@@ -77,7 +77,7 @@ def write_gguf(
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _describe_shape(writer, config)
-        _describe_tokenizer(writer, tokenizer, config.vocab_size, stops)
+        unplaced = _describe_tokenizer(writer, tokenizer, config.vocab_size, stops)
         names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
         tensors = [(_name_in(names, name), tensor) for name, tensor in _tensors_of(model)]
         kinds = [_kind_of(name, tensor, kind) for name, tensor in tensors]
@@ -94,6 +94,7 @@ def write_gguf(
             os.fsync(file.fileno())
         writer.close()
         draft.replace(path)
+        return unplaced
     except OSError as error:  # numpy's says neither where nor why
         free = shutil.disk_usage(path.parent).free
         raise OSError(
@@ -244,7 +245,8 @@ def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool | None:
 
 def _describe_tokenizer(
     writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int, stops: Sequence[int]
-) -> None:
+) -> list[int]:
+    """Returns the stops for which there is no place beside eos, end of turn and end of message."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     texts = {id: text for text, id in parts["model"]["vocab"].items()}
     kinds = dict.fromkeys(texts, gguf.TokenType.NORMAL)
@@ -262,18 +264,15 @@ def _describe_tokenizer(
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(bool(adds_bos(tokenizer)))
-    if tokenizer.chat_template:
-        template = tokenizer.chat_template
-        if not isinstance(template, str):
-            template = [{"name": name, "template": text} for name, text in template.items()]
-        writer.add_chat_template(template)
-        for add, token in zip(
-            (writer.add_eot_token_id, writer.add_eom_token_id), more_stops(tokenizer, stops)[:STOPS], strict=False
-        ):
-            add(token)
-
-
-def more_stops(tokenizer: PreTrainedTokenizerFast, stops: Sequence[int]) -> list[int]:
-    """What ends an answer besides eos, the likeliest first: a file has places for STOPS of them."""
+    if not tokenizer.chat_template:
+        return []
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    writer.add_chat_template(template)
     end_of_turn = tokenizer.convert_tokens_to_ids(ChatRenderer(tokenizer).end_of_turn)
-    return [token for token in dict.fromkeys([end_of_turn, *stops]) if token != tokenizer.eos_token_id]
+    more = [token for token in dict.fromkeys([end_of_turn, *stops]) if token != eos]  # the likeliest first
+    places = (writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, token in zip(places, more, strict=False):
+        add(token)
+    return more[len(places) :]

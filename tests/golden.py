@@ -66,7 +66,10 @@ def write_material(place: Path) -> None:
 
 
 def train(words: list[str], world_size: int) -> None:
-    """What torchrun does with a command line, in forks of this process, which has imported the trainer already."""
+    """What torchrun does with a command line, in forks of this process, which has imported the trainer already.
+
+    It calls nothing of the tree: the same lines have to drive trees whose modules have other names.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -118,7 +121,7 @@ def record(out: Path, only: str, begun: Path) -> None:
         module = word.removesuffix(".py").replace("/", ".")
         shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=TREE, capture_output=True, text=True)
         told[f"{word} --help"] = {"text": shown.stdout}
-    plain = words_of("runs/base", {**SHAPE})
+    plain = words_of("runs/base", SHAPE)
     train(plain, 1)
     shutil.copytree("runs/base/final", "base")
     for name, (flags, size) in CASES.items():
@@ -148,8 +151,6 @@ def record(out: Path, only: str, begun: Path) -> None:
 def words_of(run: Path | str, flags: dict[str, Any]) -> list[str]:
     said = {"data_path": "rows.jsonl", "cache_dir": "cache", "save_dir": str(run), **flags}
     program = "scripts.train_distillation" if "teacher" in flags else "train_full_sft.py"
-    if "teacher" in flags:
-        said = {**said, "teacher": str(flags["teacher"])}
     if "from_weight" in flags:
         said = {name: value for name, value in said.items() if name not in SIZES}
     return [program, *(f"--{name}={value}" for name, value in said.items())]

@@ -13,6 +13,7 @@ from typing import Any
 from scripts.verify.ranks import FORKS, run_ranks, train_rank
 from scripts.verify.ranks import resume_from as resume_from
 
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # real data; absent from most clones
 TINY = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_seq_len": 64,
     "batch_size": 1, "epochs": 2, "learning_rate": 0.01, "dropout": 0.1, "dtype": "float32", "device": "cpu",

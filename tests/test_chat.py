@@ -15,9 +15,9 @@ from dataset.errors import Defect, RowError, UnsafeDataError
 from dataset.formats import Fields
 from dataset.reader import Conversation, read_conversations
 from dataset.template import ChatTemplate, Request
+from tests.small_world import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 PAD, START, END, CALL, UNCALL, SPACES = range(256, 262)
 NEWLINE_SPACE = 262  # the merge of a line feed and a space: what joint encoding makes of "\n" + " answer"
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")

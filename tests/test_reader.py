@@ -10,8 +10,8 @@ from dataset import raw_rows as files
 from dataset.errors import DataError, Defect
 from dataset.formats import Fields
 from dataset.reader import Conversation, detect_layout, read_conversations
+from tests.small_world import SHARED
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 COLUMNS = Fields("question", "answer")
 
 

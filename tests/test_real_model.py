@@ -15,12 +15,11 @@ import torch
 
 from scripts.bench.gguf import LlamaCpp
 from scripts.export import main as export
-from tests.small_world import records_of
+from tests.small_world import SHARED, records_of
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"real data are expected in {DATA}")
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"real data are expected in {SHARED}")
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PLAIN = {
     "max_steps": 3,
@@ -32,11 +31,11 @@ PLAIN = {
 }
 DATA_SETS = {
     "gsm8k": {
-        "data_path": str(DATA / "gsm8k" / "train.jsonl"), "prompt_field": "question", "response_field": "answer",
+        "data_path": str(SHARED / "gsm8k" / "train.jsonl"), "prompt_field": "question", "response_field": "answer",
         "max_seq_len": 1024, "learning_rate": 1e-5,
     },
     "tools": {  # the model's own template writes no tool calls
-        "data_path": str(DATA / "sgd" / "train.jsonl"), "chat_template": "chatml", "max_seq_len": 2048,
+        "data_path": str(SHARED / "sgd" / "train.jsonl"), "chat_template": "chatml", "max_seq_len": 2048,
         "overlong": "drop", "learning_rate": 1e-5,
     },
 }  # fmt: skip

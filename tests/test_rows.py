@@ -15,9 +15,9 @@ from dataset.prepare import DataOptions, prepare
 from dataset.rows import FILLER, Document, PackedRows, collate
 from dataset.shuffle import split
 from dataset.store import StoreWriter, TokenStore
+from tests.small_world import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 SAMPLES = [  # ids, and the mask of what is supervised
     ([10, 11, 12, 13], [0, 0, 1, 1]),
     ([20, 21, 22, 23, 24, 25], [0, 1, 0, 0, 1, 1]),

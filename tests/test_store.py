@@ -23,9 +23,9 @@ from dataset.packing import plan_rows
 from dataset.prepare import DataOptions, prepare
 from dataset.shuffle import split
 from dataset.store import StoreWriter, TokenStore, is_intact, is_published, sweep
+from tests.small_world import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 OPTIONS = DataOptions(max_seq_len=64)
 
 

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from scripts.train_tokenizer import main as train_tokenizer
+from tests.small_world import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTORY = ROOT / "model" / "tokenizer"
-SHARED = ROOT.parent / "shared" / "data"
 NAMED_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>",
